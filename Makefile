@@ -1,0 +1,65 @@
+# Every command of this project. `make` alone lists them.
+
+PYTHON ?= python3
+UV_VERSION := 0.13.8
+BIN := .venv/bin
+STORY := fine_tuning_vlm_for_object_detection_trl
+PAIRED := $(STORY).py $(wildcard notebooks/*.py)
+DATASET := outputs/tiny_dataset
+EXECUTED := outputs/demo/$(STORY).ipynb
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint sync from-notebook notebook requirements
+
+help:  ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/installed $(DATASET)/.drawn  ## run the whole notebook on the embedded tiny model and data, without GPU or hub
+	@mkdir -p $(dir $(EXECUTED))
+	@# JUPYTER_PATH comes first in Jupyter's search, so python3 is this environment's kernel and no other
+	JUPYTER_PATH=$(CURDIR)/.venv/share/jupyter $(BIN)/papermill $(STORY).ipynb $(EXECUTED) \
+	  --kernel python3 --parameters_file helpers/tiny/demo.yaml --log-output --progress-bar
+	$(BIN)/jupyter nbconvert --to html $(EXECUTED)
+	@echo "Read it: $(EXECUTED:.ipynb=.html)"
+
+test: lint  ## lint, then run every test
+	$(BIN)/python -m pytest
+
+lint: .venv/installed  ## check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+sync: .venv/installed  ## print the notebooks and helper modules from the scripts
+	$(BIN)/ruff format --quiet $(PAIRED)
+	$(BIN)/jupytext --quiet --update --to ipynb $(PAIRED)
+	$(BIN)/python -m helpers.export
+
+from-notebook: .venv/installed  ## take edits made in Jupyter or Colab back into the scripts, then sync
+	$(BIN)/jupytext --quiet --to py:percent $(PAIRED:.py=.ipynb)
+	$(MAKE) sync
+
+notebook: sync  ## run the demo and keep its outputs in the committed notebook
+	$(MAKE) demo
+	$(BIN)/python -m helpers.export $(EXECUTED)
+
+requirements: $(BIN)/uv  ## pin the dependencies of pyproject.toml in requirements.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev pyproject.toml \
+	  --output-file requirements.txt --no-emit-index-url --custom-compile-command "make requirements"
+
+$(BIN)/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || { \
+	  echo "This project needs Python 3.11 or 3.12; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another one, for example: make PYTHON=python3.11 $(MAKECMDGOALS)"; \
+	  exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
+
+.venv/installed: requirements.txt | $(BIN)/uv
+	$(BIN)/uv pip install --python $(BIN)/python -r requirements.txt
+	@touch $@
+
+# drawn anew when what draws it has changed
+$(DATASET)/.drawn: $(filter-out helpers/tiny/pretrain.py,$(wildcard helpers/tiny/*.py helpers/tiny/*.json)) | .venv/installed
+	rm -rf $(DATASET)
+	$(BIN)/python -m helpers.tiny.packages $(DATASET) --train 600 --validation 128 --seed 0
+	@touch $@

@@ -1,0 +1,449 @@
+"""Pretrain the tiny Qwen2-VL base that ships with this repository, from nothing, on drawn food packages.
+
+    python -m helpers.tiny.pretrain                      # one GPU, under 15 minutes, writes helpers/tiny/base
+    python -m helpers.tiny.pretrain --smoke --output /tmp/base  # a minute on a CPU, to see that the code runs
+
+The result is an ordinary `Qwen2VLForConditionalGeneration` folder. It finds the objects in `packages.LABELS`;
+nutrition tables are in the pictures, but never asked for and never an answer: that is what fine-tuning is to teach.
+
+Two phases, because a language model of this size does not learn coordinates from the loss on a few digits alone (5,000
+steps of that gave nothing):
+1. the vision tower, through a throw-away linear head: each token tells which objects cover it, and their boxes;
+2. the whole model, next-token loss on answers to "Detect every barcode …" and "Detect every object …".
+
+Python overhead would dominate at this size, so all pictures live on the GPU, batches hold pictures of one size, and
+token positions are computed once per size.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+from transformers import (
+    GenerationConfig,
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+
+from helpers.boxes import to_grid
+from helpers.conversation import PROMPT, format_answer, to_conversation
+from helpers.evaluation import generate_answers, match_boxes, parse_answer
+from helpers.tiny.packages import LABELS, TABLE_LABEL, draw_package
+
+BASE = Path(__file__).parent / "base"
+SPECIAL_TOKENS = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+]
+# Qwen2-VL's own template, without its video branch
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOKEN = 28  # pixels per side of the block that becomes one token
+PIXEL_BUDGET = {"shortest_edge": 4 * TOKEN**2, "longest_edge": 66 * TOKEN**2}
+EVERYTHING = "object"  # "Detect every object …" is answered with all of LABELS
+Objects = list[tuple[str, tuple[float, float, float, float]]]
+
+
+def prompt_for(label: str) -> str:
+    """The question for a label: `brand-name` is asked for as `brand name`."""
+    return PROMPT.format(label=label.replace("-", " "))
+
+
+# Model, tokenizer, processor
+
+
+def build_tokenizer() -> Qwen2Tokenizer:
+    """Qwen2's tokenizer (byte-level BPE, one token per digit) with a few hundred merges of its own."""
+    labels = [*LABELS, TABLE_LABEL, EVERYTHING]
+    corpus = [
+        f"{message}\n{prompt_for(label)}\n{label}" for label in labels for message in ("system", "user", "assistant")
+    ]
+    corpus += [part["text"] for part in to_conversation("")[0]["content"]] * len(corpus)
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(corpus, vocab_size=512, new_special_tokens=SPECIAL_TOKENS[1:])
+    tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def build_processor() -> Qwen2VLProcessor:
+    """Processor with the pixel budget that the base is trained at: 66 tokens a picture at most."""
+    return Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=PIXEL_BUDGET),
+        tokenizer=build_tokenizer(),
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
+    """About 6 million parameters, over half of them vision; widths are multiples of 64, as 4-bit loading needs."""
+    token = tokenizer.convert_tokens_to_ids
+    text = {
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "vocab_size": 64 * math.ceil(len(tokenizer) / 64),
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]},
+        "tie_word_embeddings": False,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    vision = {"depth": 6, "embed_dim": 192, "hidden_size": 192, "mlp_ratio": 4, "num_heads": 3}
+    ids = {
+        f"{name}_token_id": token(f"<|{short}|>")
+        for name, short in [
+            ("image", "image_pad"),
+            ("video", "video_pad"),
+            ("vision_start", "vision_start"),
+            ("vision_end", "vision_end"),
+        ]
+    }
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+    model = Qwen2VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
+    )
+    return model
+
+
+# Pictures, grouped by size
+
+
+def draw_resized(seed: int) -> tuple[np.ndarray, Objects]:
+    """A drawn package at the size the processor gives it, uint8 (height, width, 3), and its objects in 0..1."""
+    image, objects = draw_package(seed)
+    budget = {"min_pixels": PIXEL_BUDGET["shortest_edge"], "max_pixels": PIXEL_BUDGET["longest_edge"]}
+    height, width = smart_resize(image.height, image.width, factor=TOKEN, **budget)
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    scale = np.array([image.width, image.height] * 2)
+    return pixels, [(label, tuple(np.array(box) / scale)) for label, box in objects]
+
+
+def draw_groups(seeds: Sequence[int], device: str) -> list[dict]:
+    """Pictures of one size per group: `pixels` uint8 (n, 3, height, width) on the device, `objects` per picture."""
+    with get_context("spawn").Pool(os.cpu_count()) as pool:
+        drawn = list(
+            tqdm(pool.imap(draw_resized, seeds, chunksize=32), total=len(seeds), desc="drawing", mininterval=5)
+        )
+    groups = {}
+    for pixels, objects in drawn:
+        groups.setdefault(pixels.shape, []).append((pixels, objects))
+    return [
+        {
+            "pixels": torch.from_numpy(np.stack([p for p, _ in group])).permute(0, 3, 1, 2).contiguous().to(device),
+            "objects": [objects for _, objects in group],
+        }
+        for group in groups.values()
+    ]
+
+
+def flip(objects: Objects) -> Objects:
+    """Objects of the mirrored picture, boxes in 0..1."""
+    return [(label, (1 - x2, y1, 1 - x1, y2)) for label, (x1, y1, x2, y2) in objects]
+
+
+def pick_group(groups: Sequence[dict], counts: Sequence[int]) -> dict:
+    """A random group, likelier the more examples it has."""
+    return groups[int(torch.multinomial(torch.tensor(counts, dtype=torch.float), 1))]
+
+
+@contextmanager
+def same_size_attention(model: Qwen2VLForConditionalGeneration) -> Iterator[None]:
+    """Within this context vision attention takes the pictures of a batch, all of one size, at once, not in a loop."""
+
+    def forward(self, hidden_states, cu_seqlens, position_embeddings, **kwargs):
+        n, pictures = len(hidden_states), len(cu_seqlens) - 1
+        qkv = self.qkv(hidden_states).reshape(n, 3, self.num_heads, -1).permute(1, 0, 2, 3)
+        query, key = apply_rotary_pos_emb_vision(qkv[0], qkv[1], *position_embeddings)
+        split = [t.to(qkv.dtype).reshape(pictures, -1, self.num_heads, t.shape[-1]).transpose(1, 2)
+                 for t in (query, key, qkv[2])]  # fmt: skip
+        return self.proj(F.scaled_dot_product_attention(*split).transpose(1, 2).reshape(n, -1))
+
+    attentions = [block.attn for block in model.model.visual.blocks]
+    for attention in attentions:
+        attention.forward = partial(forward, attention)
+    yield
+    for attention in attentions:
+        del attention.forward
+
+
+def look(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLProcessor, pixels: torch.Tensor) -> torch.Tensor:
+    """Vision features (pictures, tokens, width) of uint8 pictures (pictures, 3, height, width) of one size."""
+    inputs = processor.image_processor(images=list(jitter(pixels)), do_resize=False, return_tensors="pt")
+    grid = inputs["image_grid_thw"]
+    one = vision_positions(*grid[0, 1:].tolist())
+    positions = one.repeat(len(grid), 1).to(pixels.device)
+    bounds = torch.arange(0, len(grid) + 1, dtype=torch.int32, device=pixels.device) * len(one)
+    visual = model.model.visual
+    patches = inputs["pixel_values"].to(pixels.device)
+    features = visual(patches, grid_thw=grid, position_ids=positions, cu_seqlens=bounds).pooler_output
+    return features.reshape(len(grid), -1, features.shape[-1])
+
+
+def vision_positions(height: int, width: int) -> torch.Tensor:
+    """Row and column of each patch (patches, 2), in the order of the processor: blocks of 2 x 2."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    blocks = torch.stack([rows, columns], -1).reshape(height // 2, 2, width // 2, 2, 2)
+    return blocks.transpose(1, 2).reshape(-1, 2)
+
+
+def jitter(pixels: torch.Tensor) -> torch.Tensor:
+    """Random brightness and contrast per picture, so that no picture is ever seen twice alike."""
+    shape = (len(pixels), 1, 1, 1)
+    gain = torch.empty(shape, device=pixels.device).uniform_(0.8, 1.2)
+    shift = torch.empty(shape, device=pixels.device).uniform_(-20, 20)
+    return (pixels * gain + shift).clamp(0, 255).byte()
+
+
+# Phase 1: what is where, read off every token
+
+
+def dense_targets(group: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which label covers which token (n, rows, columns, labels), and its box in 0..1 (n, labels, 4)."""
+    n, _, height, width = group["pixels"].shape
+    rows, columns = height // TOKEN, width // TOKEN
+    x, y = (np.arange(columns) + 0.5) / columns, (np.arange(rows) + 0.5) / rows
+    covered = np.zeros((n, rows, columns, len(LABELS)), dtype=bool)
+    boxes = np.zeros((n, len(LABELS), 4), dtype=np.float32)
+    for picture, objects in enumerate(group["objects"]):
+        for label, box in objects:
+            if label != TABLE_LABEL:
+                k, (x1, y1, x2, y2) = LABELS.index(label), box
+                inside = ((y >= y1) & (y <= y2))[:, None] & ((x >= x1) & (x <= x2))
+                inside[min(rows - 1, int((y1 + y2) / 2 * rows)), min(columns - 1, int((x1 + x2) / 2 * columns))] = True
+                covered[picture, ..., k], boxes[picture, k] = inside, box
+    device = group["pixels"].device
+    return torch.from_numpy(covered).to(device), torch.from_numpy(boxes).to(device)
+
+
+def dense_loss(output: torch.Tensor, covered: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of "label covers this token" plus L1 of its box; output (n, tokens, labels, 5)."""
+    output, covered = output.float(), covered.flatten(1, 2)
+    weight = torch.tensor(5.0, device=output.device)  # most tokens are covered by nothing
+    presence = F.binary_cross_entropy_with_logits(output[..., 0], covered.float(), pos_weight=weight)
+    distance = (output[..., 1:] - boxes[:, None]).abs().sum(-1)
+    return 5 * presence + 3 * (distance * covered).sum() / covered.sum().clamp(min=1)
+
+
+def pretrain_vision(model, processor, groups: Sequence[dict], steps: int, batch_size: int, lr: float) -> None:
+    """Phase 1: train `model.model.visual` through a linear head that is thrown away."""
+    device = groups[0]["pixels"].device
+    head = torch.nn.Linear(model.config.vision_config.hidden_size, len(LABELS) * 5).to(device)
+    for group in groups:
+        group["targets"] = dense_targets(group)
+    counts = [len(group["pixels"]) for group in groups]
+
+    def loss_of_batch() -> torch.Tensor:
+        group = pick_group(groups, counts)
+        chosen = torch.randint(len(group["pixels"]), (batch_size,), device=device)
+        pixels, (covered, boxes) = group["pixels"][chosen], [target[chosen] for target in group["targets"]]
+        if torch.rand(()) < 0.5:
+            pixels, covered = pixels.flip(3), covered.flip(2)
+            boxes = torch.stack([1 - boxes[..., 2], boxes[..., 1], 1 - boxes[..., 0], boxes[..., 3]], -1)
+        output = head(look(model, processor, pixels))
+        return dense_loss(output.unflatten(-1, (len(LABELS), 5)), covered, boxes)
+
+    optimize([*model.model.visual.parameters(), *head.parameters()], loss_of_batch, steps, lr, "vision", device.type)
+    for group in groups:
+        del group["targets"]
+
+
+# Phase 2: questions and answers
+
+
+def build_questions(group: dict, processor: Qwen2VLProcessor, everything: bool) -> dict:
+    """Token ids (plain or mirrored, questions, length) padded on the right, starts of answers, picture numbers."""
+    tokenizer = processor.tokenizer
+    height, width = group["pixels"].shape[2:]
+    image_tokens = "<|image_pad|>" * (height // TOKEN * (width // TOKEN))
+    asked = []
+    for picture, objects in enumerate(group["objects"]):
+        known = [thing for thing in objects if thing[0] != TABLE_LABEL]
+        asked += [(picture, EVERYTHING, known)] * bool(known) if everything else [(picture, o[0], [o]) for o in known]
+    prompts = {
+        label: processor.apply_chat_template(to_conversation(prompt_for(label)), add_generation_prompt=True)
+        .replace("<|image_pad|>", image_tokens)
+        for label in {label for _, label, _ in asked}
+    }  # fmt: skip
+    starts = {label: len(tokenizer.encode(text)) for label, text in prompts.items()}
+    texts = [prompts[label] + answer_text(view(o)) for view in (list, flip) for _, label, o in asked]
+    rows = [torch.tensor(ids, dtype=torch.int16) for ids in tokenizer(texts)["input_ids"]]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    device = group["pixels"].device
+    return {
+        "pixels": group["pixels"],
+        "tokens": tokens.reshape(2, len(asked), -1).to(device),
+        "start": torch.tensor([starts[label] for _, label, _ in asked], device=device),
+        "picture": torch.tensor([picture for picture, _, _ in asked], device=device),
+        "grid": torch.tensor([[1, height // 14, width // 14]]),
+    }
+
+
+def answer_text(objects: Objects) -> str:
+    """What the model is to write for objects with boxes in 0..1, end of turn included."""
+    return format_answer([label for label, _ in objects], [to_grid(box, 1, 1) for _, box in objects]) + "<|im_end|>"
+
+
+def answer_loss(model, processor, questions: dict, batch_size: int) -> torch.Tensor:
+    """Next-token loss on the answers of a random batch of questions."""
+    pad, device = processor.tokenizer.pad_token_id, questions["tokens"].device
+    chosen = torch.randint(len(questions["picture"]), (batch_size,), device=device)
+    mirrored = int(torch.rand(()) < 0.5)
+    ids = questions["tokens"][mirrored, chosen].long()
+    ids = ids[:, : int((ids != pad).sum(1).max())]
+    pixels = questions["pixels"][questions["picture"][chosen]]
+    features = look(model, processor, pixels.flip(3) if mirrored else pixels)
+    embeddings = model.get_input_embeddings()(ids)
+    is_image = (ids == model.config.image_token_id).unsqueeze(-1)
+    embeddings = embeddings.masked_scatter(is_image, features.to(embeddings.dtype))
+    positions = text_positions(model, ids, questions["grid"])
+    hidden = model.model.language_model(inputs_embeds=embeddings, position_ids=positions).last_hidden_state
+    is_answer = (torch.arange(ids.shape[1], device=device) >= questions["start"][chosen, None]) & (ids != pad)
+    logits = model.lm_head(hidden[:, :-1][is_answer[:, 1:]])
+    return F.cross_entropy(logits.float(), ids[:, 1:][is_answer[:, 1:]])
+
+
+def text_positions(model, ids: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """Qwen2-VL's 3-D positions (3, batch, length): the same for all rows, whose pictures are in the same place."""
+    kinds = (ids[:1] == model.config.image_token_id).int()
+    positions, _ = model.model.get_rope_index(ids[:1].cpu(), mm_token_type_ids=kinds.cpu(), image_grid_thw=grid)
+    return positions.expand(-1, len(ids), -1).to(ids.device)
+
+
+def pretrain_answers(model, processor, groups: Sequence[dict], steps: int, batch_size: int, lr: float) -> None:
+    """Phase 2: train everything; a third of the batches ask for every object at once."""
+    tables = [[build_questions(group, processor, everything) for group in groups] for everything in (False, True)]
+    counts = [[len(questions["picture"]) for questions in table] for table in tables]
+
+    def loss_of_batch() -> torch.Tensor:
+        kind = int(torch.rand(()) < 1 / 3)
+        return answer_loss(model, processor, pick_group(tables[kind], counts[kind]), batch_size)
+
+    optimize(list(model.parameters()), loss_of_batch, steps, lr, "answers", groups[0]["pixels"].device.type)
+
+
+def optimize(parameters: list, loss_of_batch, steps: int, lr: float, name: str, device: str) -> None:
+    """AdamW with 3 % warmup and cosine decay, bfloat16 on a GPU."""
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
+    warmup = max(1, round(0.03 * steps))
+    factor = lambda step: min(1, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    progress = tqdm(range(steps), desc=name, mininterval=5)
+    for step in progress:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = loss_of_batch()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 100 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
+# Scores and model card
+
+
+def score(model, processor, seeds: Sequence[int], batch_size: int = 64) -> dict[str, dict[str, float]]:
+    """Zero-shot mean IoU per label on pictures drawn from `seeds`, through the story's own generation and parser."""
+    model.eval()
+    examples = [draw_package(seed) for seed in tqdm(seeds, desc="drawing", mininterval=5)]
+    results = {}
+    for label in tqdm([*LABELS, TABLE_LABEL], desc="scoring"):
+        asked = [(image, [b for name, b in objects if name == label]) for image, objects in examples]
+        asked = [(image, boxes) for image, boxes in asked if boxes]
+        ious = []
+        for start in range(0, len(asked), batch_size):
+            batch = asked[start : start + batch_size]
+            answers = generate_answers(model, processor, [image for image, _ in batch], prompt_for(label), 96)
+            ious += [np.mean(match_boxes(boxes, found_boxes(answer, image)))
+                     for (image, boxes), answer in zip(batch, answers, strict=True)]  # fmt: skip
+        ious = np.array(ious)
+        results[label] = {
+            "pictures": len(ious),
+            "mean_iou": round(float(ious.mean()), 3),
+            "iou_gt_0.5": round(float((ious > 0.5).mean()), 3),
+            "iou_gt_0.7": round(float((ious > 0.7).mean()), 3),
+        }
+    return results
+
+
+def found_boxes(answer: str, image: Image.Image) -> list[list[float]]:
+    """Boxes of an answer in pixels."""
+    return [[v / 1000 * s for v, s in zip(box, image.size * 2, strict=True)] for _, box in parse_answer(answer)]
+
+
+def main() -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=BASE)
+    parser.add_argument("--pictures", type=int, default=60_000)
+    parser.add_argument("--vision-steps", type=int, default=13_000)
+    parser.add_argument("--answer-steps", type=int, default=12_500)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--score-pictures", type=int, default=512)
+    parser.add_argument("--smoke", action="store_true", help="shrink everything, to see that it runs")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        small = {"pictures": 64, "vision_steps": 3, "answer_steps": 3, "batch_size": 4, "score_pictures": 8}
+        arguments = argparse.Namespace(**{**vars(arguments), **small})
+
+    started = time.time()
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    processor = build_processor()
+    model = build_model(processor.tokenizer).to(device)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
+    groups = draw_groups(range(arguments.pictures), device)
+    if device == "cuda":
+        for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
+            block.compile()  # halves the time of a step
+    with same_size_attention(model):
+        pretrain_vision(model, processor, groups, arguments.vision_steps, arguments.batch_size, lr=1e-3)
+        pretrain_answers(model, processor, groups, arguments.answer_steps, arguments.batch_size, lr=8e-4)
+    model.half().save_pretrained(arguments.output)
+    processor.save_pretrained(arguments.output)
+    minutes = round((time.time() - started) / 60, 1)
+    model = Qwen2VLForConditionalGeneration.from_pretrained(arguments.output, dtype=torch.float32).to(device)
+    unseen = range(2_000_000_000, 2_000_000_000 + arguments.score_pictures)  # the dataset's seeds lie in between
+    scores = score(model, processor, unseen)
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("output", "smoke")} | {"minutes": minutes}
+    (arguments.output / "scores.json").write_text(
+        json.dumps({"settings": settings, "labels": scores}, indent=1) + "\n"
+    )
+    print(json.dumps(scores, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""What tests share. No test needs the network: the hub is off for them and for what they start."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+
+from helpers.tiny.packages import draw_dataset
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def base() -> Path:
+    """The tiny Qwen2-VL that ships with the repository."""
+    return ROOT / "helpers/tiny/base"
+
+
+@pytest.fixture(scope="session")
+def dataset_folder(tmp_path_factory) -> Path:
+    """A dataset of 24 training and 8 validation pictures."""
+    folder = tmp_path_factory.mktemp("data") / "tiny_dataset"
+    draw_dataset(folder, train=24, validation=8, seed=1)
+    return folder

@@ -1,0 +1,56 @@
+"""The collator trains on the assistant's words and their end-of-turn token, and on nothing else."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import Qwen2VLProcessor
+
+from helpers.collators import AssistantOnlyCollator, find_assistant_tokens
+from helpers.conversation import format_answer, to_conversation
+
+
+@pytest.fixture(scope="module")
+def processor(base):
+    return Qwen2VLProcessor.from_pretrained(base)
+
+
+def example(size, *boxes):
+    answer = format_answer(["nutrition-table"] * len(boxes), boxes)
+    return {"image": Image.new("RGB", size), "messages": to_conversation("Detect every nutrition table.", answer)}
+
+
+def trained(processor, batch, row):
+    return processor.tokenizer.convert_ids_to_tokens(batch["labels"][row][batch["labels"][row] != -100])
+
+
+def test_trained_tokens_are_the_answer_and_its_end(processor):
+    batch = AssistantOnlyCollator(processor)([example((224, 224), [27, 4, 730, 640])])
+    assert trained(processor, batch, 0) == [
+        *("<|object_ref_start|>", "nutrition", "-table", "<|object_ref_end|>"),
+        *("<|box_start|>", "(", "2", "7", ",", "4", "),(", "7", "3", "0", ",", "6", "4", "0", ")", "<|box_end|>"),
+        "<|im_end|>",
+    ]
+
+
+def test_padding_and_pictures_are_not_trained(processor):
+    examples = [example((224, 224), [1, 2, 3, 4]), example((448, 252), [1, 2, 3, 4], [500, 500, 600, 600])]
+    batch = AssistantOnlyCollator(processor)(examples)
+    tokenizer = processor.tokenizer
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert not (batch["labels"] == image_token).any()
+    assert (batch["input_ids"] == image_token).sum(dim=1).tolist() == [64, 60]
+    assert batch["image_grid_thw"].tolist() == [[1, 16, 16], [1, 12, 20]]
+    assert trained(processor, batch, 1).count("<|box_start|>") == 2
+    assert trained(processor, batch, 1)[-1] == "<|im_end|>"
+
+
+def test_every_assistant_turn_is_trained(processor):
+    text = (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n12<|im_end|>\n"
+        "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n345<|im_end|>\n"
+    )
+    ids = torch.tensor([processor.tokenizer.encode(text)])
+    mask = find_assistant_tokens(ids, processor.tokenizer)
+    assert processor.tokenizer.decode(ids[mask]) == "12<|im_end|>345<|im_end|>"

@@ -1,0 +1,79 @@
+"""The pretraining takes shortcuts for speed; they must not change what the model computes."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from helpers.boxes import to_grid
+from helpers.collators import AssistantOnlyCollator
+from helpers.conversation import format_answer, to_conversation
+from helpers.tiny import pretrain
+from helpers.tiny.packages import LABELS, TABLE_LABEL
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return pretrain.build_processor()
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    torch.manual_seed(0)
+    return pretrain.build_model(processor.tokenizer).eval()
+
+
+def test_one_token_per_digit_and_special_token(processor):
+    tokens = processor.tokenizer.tokenize("<|box_start|>(273,48)<|box_end|><|im_end|>")
+    assert tokens == ["<|box_start|>", "(", "2", "7", "3", ",", "4", "8", ")", "<|box_end|>", "<|im_end|>"]
+
+
+def test_any_text_can_be_written(processor):
+    text = "Näringsdeklaration, διατροφή, 栄養成分"
+    assert processor.tokenizer.decode(processor.tokenizer.encode(text)) == text
+
+
+def test_shortcut_loss_is_the_models_own_loss(model, processor, monkeypatch):
+    monkeypatch.setattr(pretrain, "jitter", lambda pixels: pixels)
+    pixels = torch.randint(0, 255, (3, 3, 252, 196), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    box = (0.1, 0.2, 0.5, 0.75)
+    group = {"pixels": pixels, "objects": [[("logo", box)], [("barcode", box)], [("logo", box)]]}
+    questions = pretrain.build_questions(group, processor, everything=False)
+    monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: torch.arange(3))
+    monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: torch.tensor(0.9))  # not mirrored
+    with torch.no_grad(), pretrain.same_size_attention(model):
+        shortcut = pretrain.answer_loss(model, processor, questions, 3)
+    examples = [
+        {
+            "image": Image.fromarray(pixels[i].permute(1, 2, 0).numpy()),
+            "messages": to_conversation(pretrain.prompt_for(label), format_answer([label], [to_grid(box, 1, 1)])),
+        }
+        for i, label in enumerate(["logo", "barcode", "logo"])
+    ]
+    with torch.no_grad():
+        own = model(**AssistantOnlyCollator(processor)(examples)).loss
+    # the collator also trains on nothing but the answer, so both average over the same tokens
+    assert shortcut.item() == pytest.approx(own.item(), abs=1e-4)
+
+
+def test_nutrition_tables_are_never_a_target(processor):
+    box = (0.1, 0.1, 0.9, 0.9)
+    pixels = torch.zeros((1, 3, 224, 224), dtype=torch.uint8)
+    group = {"pixels": pixels, "objects": [[(TABLE_LABEL, box), ("logo", box)]]}
+    covered, _ = pretrain.dense_targets(group)
+    assert covered.any(dim=(0, 1, 2)).tolist() == [label == "logo" for label in LABELS]
+    for everything in (False, True):
+        questions = pretrain.build_questions(group, processor, everything)
+        assert "nutrition" not in processor.tokenizer.decode(questions["tokens"].flatten().tolist())
+
+
+def test_mirrored_boxes(processor):
+    assert pretrain.flip([("logo", (0.1, 0.2, 0.4, 0.6))]) == [("logo", (0.6, 0.2, 0.9, 0.6))]
+
+
+def test_token_is_covered_when_its_centre_is_inside():
+    group = {"pixels": torch.zeros((1, 3, 56, 84), dtype=torch.uint8), "objects": [[("logo", (0.0, 0.0, 0.5, 1.0))]]}
+    covered, boxes = pretrain.dense_targets(group)
+    logo = LABELS.index("logo")
+    assert covered[0, :, :, logo].tolist() == [[True, True, False], [True, True, False]]
+    np.testing.assert_allclose(boxes[0, logo], [0.0, 0.0, 0.5, 1.0])
