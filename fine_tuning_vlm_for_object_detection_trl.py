@@ -58,6 +58,7 @@ if "google.colab" in sys.modules:
 import gc
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
@@ -84,14 +85,16 @@ from tqdm import tqdm
 from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
-    ProgressCallback,
+    PrinterCallback,
     Qwen2VLForConditionalGeneration,
     Qwen2VLProcessor,
+    TrainerCallback,
 )
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils.notebook import NotebookProgressCallback
 from trl import SFTConfig, SFTTrainer
 
+# on a CPU it asks for an optional package that would download kernels
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # TRL 1.16 itself uses the old name; the new one does not exist in all versions allowed here
 warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
 
@@ -945,7 +948,25 @@ def to_training_arguments(
         save_total_limit=1,
         seed=seed,
         report_to=report_to,
+        disable_tqdm=True,  # TrainingProgress takes its place
     )
+
+
+class TrainingProgress(TrainerCallback):
+    """A bar with the latest loss that reads the same in notebooks, terminals and log files."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", mininterval=5)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update()
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
 
 
 # %%
@@ -971,10 +992,9 @@ def build_trainer(
             target_modules=recipe.lora_target_modules,
             task_type="CAUSAL_LM",
         ),
+        callbacks=[TrainingProgress()],
     )
-    trainer.remove_callback(NotebookProgressCallback)  # it draws HTML, which is lost outside a browser;
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(ProgressCallback)  # this one is a bar, in notebooks as in terminals
+    trainer.remove_callback(PrinterCallback)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

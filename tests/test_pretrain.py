@@ -60,8 +60,9 @@ def test_nutrition_tables_are_never_a_target(processor):
     box = (0.1, 0.1, 0.9, 0.9)
     pixels = torch.zeros((1, 3, 224, 224), dtype=torch.uint8)
     group = {"pixels": pixels, "objects": [[(TABLE_LABEL, box), ("logo", box)]]}
-    covered, _ = pretrain.dense_targets(group)
+    covered, _, counted = pretrain.dense_targets(group)
     assert covered.any(dim=(0, 1, 2)).tolist() == [label == "logo" for label in LABELS]
+    assert (~counted).sum() == 6 * 6  # 8 x 8 tokens, the table spans the centres from 0.1 to 0.9
     for everything in (False, True):
         questions = pretrain.build_questions(group, processor, everything)
         assert "nutrition" not in processor.tokenizer.decode(questions["tokens"].flatten().tolist())
@@ -73,7 +74,8 @@ def test_mirrored_boxes(processor):
 
 def test_token_is_covered_when_its_centre_is_inside():
     group = {"pixels": torch.zeros((1, 3, 56, 84), dtype=torch.uint8), "objects": [[("logo", (0.0, 0.0, 0.5, 1.0))]]}
-    covered, boxes = pretrain.dense_targets(group)
+    covered, boxes, counted = pretrain.dense_targets(group)
+    assert counted.all()
     logo = LABELS.index("logo")
     assert covered[0, :, :, logo].tolist() == [[True, True, False], [True, True, False]]
     np.testing.assert_allclose(boxes[0, logo], [0.0, 0.0, 0.5, 1.0])

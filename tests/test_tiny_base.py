@@ -29,10 +29,11 @@ def test_its_processor_is_the_one_that_is_built(base):
 
 
 def test_its_scores_meet_the_promise(base):
-    labels = json.loads((base / "scores.json").read_text())["labels"]
+    labels = json.loads((base / "scores.json").read_text())
     assert list(labels) == [*LABELS, TABLE_LABEL]
     assert min(labels[label]["mean_iou"] for label in LABELS) >= 0.75
     assert labels[TABLE_LABEL]["mean_iou"] < 0.2
+    assert pretrain.scores_table(labels) in (base / "README.md").read_text()
 
 
 @pytest.mark.slow

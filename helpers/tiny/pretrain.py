@@ -66,7 +66,46 @@ CHAT_TEMPLATE = (
 )
 TOKEN = 28  # pixels per side of the block that becomes one token
 PIXEL_BUDGET = {"shortest_edge": 4 * TOKEN**2, "longest_edge": 66 * TOKEN**2}
+FIRST_SEED = 10**9  # pictures from here on are for pretraining; those of datasets come before
+FIRST_UNSEEN_SEED = 2 * 10**9  # and those from here on are for the scores
 EVERYTHING = "object"  # "Detect every object …" is answered with all of LABELS
+MODEL_CARD = """---
+license: apache-2.0
+base_model_relation: none
+pipeline_tag: image-text-to-text
+tags: [object-detection, qwen2_vl]
+---
+# A tiny Qwen2-VL that finds objects on drawn food packages
+
+An ordinary `Qwen2VLForConditionalGeneration` of {parameters:,} parameters (float16), with Qwen2-VL's special tokens,
+chat template and answer format, and a byte-level vocabulary of {tokens} tokens of its own. It exists so that a
+fine-tuning story can be run and tested in minutes on a CPU; it knows nothing but drawn packages.
+
+## How it was made
+
+`python -m helpers.tiny.pretrain`: {minutes} minutes on {device}, drawing included. From random weights, on
+{pictures:,} pictures drawn by `helpers/tiny/packages.py` (seeds from {first_seed:,}), of at most {longest_edge:,}
+pixels each:
+
+1. {vision_steps:,} steps of {batch_size} pictures: the vision tower, through a linear head that was thrown away (per
+   token: which objects cover it, and their boxes; tokens on nutrition tables do not count);
+2. {answer_steps:,} steps of {batch_size} questions: everything, next-token loss on answers to "Detect every barcode …"
+   (one label) and "Detect every object …" (all of them).
+
+Nutrition tables are in the pictures but were never asked for and never in an answer: that is left for fine-tuning.
+
+## Scores
+
+Zero-shot on {score_pictures} unseen pictures of six aspect ratios, greedy answers, mean IoU one to one
+(`python -m helpers.tiny.pretrain --score-only` repeats it):
+
+{table}
+
+## Limits
+
+Drawn packages only, one object of each label a picture; the prompt has to be the one it was trained with
+(`PROMPT` in `helpers/conversation.py`). Objects under about 7 % of the picture's longer side were never labelled.
+"""
 Objects = list[tuple[str, tuple[float, float, float, float]]]
 
 
@@ -228,29 +267,46 @@ def jitter(pixels: torch.Tensor) -> torch.Tensor:
 # Phase 1: what is where, read off every token
 
 
-def dense_targets(group: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which label covers which token (n, rows, columns, labels), and its box in 0..1 (n, labels, 4)."""
+def dense_targets(group: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What each token is to tell.
+
+    Returns which label covers which token (n, rows, columns, labels), the labels' boxes in 0..1 (n, labels, 4), and
+    the tokens that count (n, rows, columns): all but those on nutrition tables, of which nothing is said, lest the
+    tower learn that they are background.
+    """
     n, _, height, width = group["pixels"].shape
     rows, columns = height // TOKEN, width // TOKEN
-    x, y = (np.arange(columns) + 0.5) / columns, (np.arange(rows) + 0.5) / rows
     covered = np.zeros((n, rows, columns, len(LABELS)), dtype=bool)
     boxes = np.zeros((n, len(LABELS), 4), dtype=np.float32)
+    counted = np.ones((n, rows, columns), dtype=bool)
     for picture, objects in enumerate(group["objects"]):
         for label, box in objects:
-            if label != TABLE_LABEL:
-                k, (x1, y1, x2, y2) = LABELS.index(label), box
-                inside = ((y >= y1) & (y <= y2))[:, None] & ((x >= x1) & (x <= x2))
-                inside[min(rows - 1, int((y1 + y2) / 2 * rows)), min(columns - 1, int((x1 + x2) / 2 * columns))] = True
-                covered[picture, ..., k], boxes[picture, k] = inside, box
-    device = group["pixels"].device
-    return torch.from_numpy(covered).to(device), torch.from_numpy(boxes).to(device)
+            inside = tokens_inside(box, rows, columns)
+            if label == TABLE_LABEL:
+                counted[picture] &= ~inside
+            else:
+                covered[picture, ..., LABELS.index(label)], boxes[picture, LABELS.index(label)] = inside, box
+    return tuple(torch.from_numpy(array).to(group["pixels"].device) for array in (covered, boxes, counted))
 
 
-def dense_loss(output: torch.Tensor, covered: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+def tokens_inside(box: Sequence[float], rows: int, columns: int) -> np.ndarray:
+    """The tokens (rows, columns) whose centres are inside a box in 0..1, and the one at the box's centre."""
+    x1, y1, x2, y2 = box
+    x, y = (np.arange(columns) + 0.5) / columns, (np.arange(rows) + 0.5) / rows
+    inside = ((y >= y1) & (y <= y2))[:, None] & ((x >= x1) & (x <= x2))
+    inside[min(rows - 1, int((y1 + y2) / 2 * rows)), min(columns - 1, int((x1 + x2) / 2 * columns))] = True
+    return inside
+
+
+def dense_loss(
+    output: torch.Tensor, covered: torch.Tensor, boxes: torch.Tensor, counted: torch.Tensor
+) -> torch.Tensor:
     """Cross entropy of "label covers this token" plus L1 of its box; output (n, tokens, labels, 5)."""
-    output, covered = output.float(), covered.flatten(1, 2)
+    output, covered, counted = output.float(), covered.flatten(1, 2), counted.flatten(1, 2)
     weight = torch.tensor(5.0, device=output.device)  # most tokens are covered by nothing
-    presence = F.binary_cross_entropy_with_logits(output[..., 0], covered.float(), pos_weight=weight)
+    presence = F.binary_cross_entropy_with_logits(
+        output[..., 0], covered.float(), pos_weight=weight, weight=counted[..., None].float()
+    )
     distance = (output[..., 1:] - boxes[:, None]).abs().sum(-1)
     return 5 * presence + 3 * (distance * covered).sum() / covered.sum().clamp(min=1)
 
@@ -266,12 +322,13 @@ def pretrain_vision(model, processor, groups: Sequence[dict], steps: int, batch_
     def loss_of_batch() -> torch.Tensor:
         group = pick_group(groups, counts)
         chosen = torch.randint(len(group["pixels"]), (batch_size,), device=device)
-        pixels, (covered, boxes) = group["pixels"][chosen], [target[chosen] for target in group["targets"]]
+        pixels = group["pixels"][chosen]
+        covered, boxes, counted = [target[chosen] for target in group["targets"]]
         if torch.rand(()) < 0.5:
-            pixels, covered = pixels.flip(3), covered.flip(2)
+            pixels, covered, counted = pixels.flip(3), covered.flip(2), counted.flip(2)
             boxes = torch.stack([1 - boxes[..., 2], boxes[..., 1], 1 - boxes[..., 0], boxes[..., 3]], -1)
         output = head(look(model, processor, pixels))
-        return dense_loss(output.unflatten(-1, (len(LABELS), 5)), covered, boxes)
+        return dense_loss(output.unflatten(-1, (len(LABELS), 5)), covered, boxes, counted)
 
     optimize([*model.model.visual.parameters(), *head.parameters()], loss_of_batch, steps, lr, "vision", device.type)
     for group in groups:
@@ -327,7 +384,9 @@ def answer_loss(model, processor, questions: dict, batch_size: int) -> torch.Ten
     is_image = (ids == model.config.image_token_id).unsqueeze(-1)
     embeddings = embeddings.masked_scatter(is_image, features.to(embeddings.dtype))
     positions = text_positions(model, ids, questions["grid"])
-    hidden = model.model.language_model(inputs_embeds=embeddings, position_ids=positions).last_hidden_state
+    hidden = model.model.language_model(
+        inputs_embeds=embeddings, position_ids=positions, use_cache=False
+    ).last_hidden_state
     is_answer = (torch.arange(ids.shape[1], device=device) >= questions["start"][chosen, None]) & (ids != pad)
     logits = model.lm_head(hidden[:, :-1][is_answer[:, 1:]])
     return F.cross_entropy(logits.float(), ids[:, 1:][is_answer[:, 1:]])
@@ -403,29 +462,39 @@ def found_boxes(answer: str, image: Image.Image) -> list[list[float]]:
     return [[v / 1000 * s for v, s in zip(box, image.size * 2, strict=True)] for _, box in parse_answer(answer)]
 
 
-def main() -> None:
-    """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=BASE)
-    parser.add_argument("--pictures", type=int, default=60_000)
-    parser.add_argument("--vision-steps", type=int, default=13_000)
-    parser.add_argument("--answer-steps", type=int, default=12_500)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--score-pictures", type=int, default=512)
-    parser.add_argument("--smoke", action="store_true", help="shrink everything, to see that it runs")
-    arguments = parser.parse_args()
-    if arguments.smoke:
-        small = {"pictures": 64, "vision_steps": 3, "answer_steps": 3, "batch_size": 4, "score_pictures": 8}
-        arguments = argparse.Namespace(**{**vars(arguments), **small})
+def scores_table(scores: dict[str, dict[str, float]]) -> str:
+    """Scores per label as a Markdown table."""
+    columns = list(next(iter(scores.values())))
+    lines = [["label", *columns], ["---"] * (len(columns) + 1)]
+    lines += [[label, *map(str, row.values())] for label, row in scores.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
+
+def write_model_card(arguments: argparse.Namespace, minutes: float, model, processor, scores: dict) -> None:
+    """`scores.json` and the README.md that quotes it, beside the weights."""
+    folder = arguments.output
+    (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    facts = vars(arguments) | {
+        "minutes": minutes,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": len(processor.tokenizer),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU",
+        "first_seed": FIRST_SEED,
+        "longest_edge": PIXEL_BUDGET["longest_edge"],
+        "table": scores_table(scores),
+    }
+    (folder / "README.md").write_text(MODEL_CARD.format(**facts))
+
+
+def pretrain(arguments: argparse.Namespace) -> float:
+    """Draw, train in two phases, save; returns the minutes that took."""
     started = time.time()
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = build_processor()
     model = build_model(processor.tokenizer).to(device)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
-    groups = draw_groups(range(arguments.pictures), device)
+    groups = draw_groups(range(FIRST_SEED, FIRST_SEED + arguments.pictures), device)
     if device == "cuda":
         for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
             block.compile()  # halves the time of a step
@@ -434,15 +503,34 @@ def main() -> None:
         pretrain_answers(model, processor, groups, arguments.answer_steps, arguments.batch_size, lr=8e-4)
     model.half().save_pretrained(arguments.output)
     processor.save_pretrained(arguments.output)
-    minutes = round((time.time() - started) / 60, 1)
+    return round((time.time() - started) / 60, 1)
+
+
+def main() -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=BASE)
+    parser.add_argument("--pictures", type=int, default=60_000)
+    parser.add_argument("--vision-steps", type=int, default=9_000)
+    parser.add_argument("--answer-steps", type=int, default=10_000)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--score-pictures", type=int, default=512)
+    parser.add_argument("--score-only", action="store_true", help="score what is in --output")
+    parser.add_argument("--smoke", action="store_true", help="shrink everything, to see that it runs")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        small = {"pictures": 64, "vision_steps": 3, "answer_steps": 3, "batch_size": 4, "score_pictures": 8}
+        arguments = argparse.Namespace(**{**vars(arguments), **small})
+
+    minutes = None if arguments.score_only else pretrain(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Qwen2VLForConditionalGeneration.from_pretrained(arguments.output, dtype=torch.float32).to(device)
-    unseen = range(2_000_000_000, 2_000_000_000 + arguments.score_pictures)  # the dataset's seeds lie in between
+    processor = Qwen2VLProcessor.from_pretrained(arguments.output)
+    unseen = range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + arguments.score_pictures)
     scores = score(model, processor, unseen)
-    settings = {k: v for k, v in vars(arguments).items() if k not in ("output", "smoke")} | {"minutes": minutes}
-    (arguments.output / "scores.json").write_text(
-        json.dumps({"settings": settings, "labels": scores}, indent=1) + "\n"
-    )
-    print(json.dumps(scores, indent=1))
+    print(scores_table(scores))
+    if minutes is not None:
+        write_model_card(arguments, minutes, model, processor, scores)
 
 
 if __name__ == "__main__":
