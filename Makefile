@@ -61,5 +61,5 @@ $(BIN)/uv:
 # drawn anew when what draws it has changed
 $(DATASET)/.drawn: $(filter-out helpers/tiny/pretrain.py,$(wildcard helpers/tiny/*.py helpers/tiny/*.json)) | .venv/installed
 	rm -rf $(DATASET)
-	$(BIN)/python -m helpers.tiny.packages $(DATASET) --train 600 --validation 128 --seed 0
+	$(BIN)/python -m helpers.tiny.packages $(DATASET) --train 2400 --validation 128 --seed 0
 	@touch $@

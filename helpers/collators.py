@@ -17,7 +17,7 @@ class AssistantOnlyCollator:
         """Processor tensors plus `labels` of the shape of `input_ids` (batch, tokens)."""
         texts = [self.processor.apply_chat_template(example["messages"], tokenize=False) for example in examples]
         images = [[example["image"]] for example in examples]
-        batch = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
+        batch = self.processor(text=texts, images=images, padding=True, pad_to_multiple_of=8, return_tensors="pt")
         trained = find_assistant_tokens(batch["input_ids"], self.processor.tokenizer)
         batch["labels"] = batch["input_ids"].masked_fill(~trained, -100)
         return dict(batch)

@@ -34,6 +34,7 @@ def generate_answers(
         images=[[image] for image in images],
         padding=True,
         padding_side="left",
+        pad_to_multiple_of=8,
         return_tensors="pt",
     ).to(model.device)
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

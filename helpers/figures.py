@@ -30,9 +30,8 @@ def show_pictures(
 ) -> plt.Figure:
     """A grid of pictures with true boxes (dashed) and, if given, predicted boxes (solid), all in pixels."""
     lines = -(-len(images) // columns)
-    figure, grid = plt.subplots(
-        lines, columns, figsize=(3 * columns, 3.3 * lines), squeeze=False, layout="constrained"
-    )
+    size = (3 * columns, 3.3 * lines)
+    figure, grid = plt.subplots(lines, columns, figsize=size, dpi=80, squeeze=False, layout="constrained")
     for axes in grid.flat:
         axes.axis("off")
     for number, (axes, image) in enumerate(zip(grid.flat, images, strict=False)):

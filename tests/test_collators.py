@@ -37,6 +37,7 @@ def test_padding_and_pictures_are_not_trained(processor):
     batch = AssistantOnlyCollator(processor)(examples)
     tokenizer = processor.tokenizer
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+    assert batch["input_ids"].shape[1] % 8 == 0  # see the notebook, section 7
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
     image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert not (batch["labels"] == image_token).any()

@@ -79,3 +79,15 @@ def test_unknown_recipe_stops_before_anything_is_written(folder, executed):
     with pytest.raises(PapermillExecutionError, match=r"Unknown recipe \['r9'\]: set RECIPES to a list out of"):
         execute(folder, "failed", RECIPES=["r9"])
     assert {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")} == before
+
+
+TOPICS = sorted((SCRIPT.parent / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", TOPICS, ids=lambda path: path.stem)
+def test_topic_notebook_runs(notebook, tmp_path):
+    small = {"PICTURES": 8, "SCORED": 4}
+    papermill.execute_notebook(
+        notebook, tmp_path / notebook.name, small, cwd=notebook.parent, kernel_name="python3", progress_bar=False
+    )

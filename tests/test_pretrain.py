@@ -41,7 +41,7 @@ def test_shortcut_loss_is_the_models_own_loss(model, processor, monkeypatch):
     questions = pretrain.build_questions(group, processor, everything=False)
     monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: torch.arange(3))
     monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: torch.tensor(0.9))  # not mirrored
-    with torch.no_grad(), pretrain.same_size_attention(model):
+    with torch.no_grad(), pretrain.same_size_attention():
         shortcut = pretrain.answer_loss(model, processor, questions, 3)
     examples = [
         {

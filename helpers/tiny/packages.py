@@ -3,7 +3,7 @@
 A flat label is composed of a nutrition table and other printed objects, wrapped around a package and seen by a camera
 (`photographs.py`). A mask of object ids goes through the same warp, so that boxes follow the objects by themselves.
 
-    python -m helpers.tiny.packages outputs/tiny_dataset --train 600 --validation 128 --seed 0
+    python -m helpers.tiny.packages outputs/tiny_dataset --train 2400 --validation 128 --seed 0
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Pretrain the tiny Qwen2-VL base that ships with this repository, from nothing, on drawn food packages.
 
-    python -m helpers.tiny.pretrain                      # one GPU, under 15 minutes, writes helpers/tiny/base
+    python -m helpers.tiny.pretrain                      # one GPU, ten minutes, writes helpers/tiny/base
     python -m helpers.tiny.pretrain --smoke --output /tmp/base  # a minute on a CPU, to see that the code runs
 
 The result is an ordinary `Qwen2VLForConditionalGeneration` folder. It finds the objects in `packages.LABELS`;
@@ -22,7 +22,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -41,7 +40,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention, apply_rotary_pos_emb_vision
 
 from helpers.boxes import to_grid
 from helpers.conversation import PROMPT, format_answer, to_conversation
@@ -217,7 +216,7 @@ def pick_group(groups: Sequence[dict], counts: Sequence[int]) -> dict:
 
 
 @contextmanager
-def same_size_attention(model: Qwen2VLForConditionalGeneration) -> Iterator[None]:
+def same_size_attention() -> Iterator[None]:
     """Within this context vision attention takes the pictures of a batch, all of one size, at once, not in a loop."""
 
     def forward(self, hidden_states, cu_seqlens, position_embeddings, **kwargs):
@@ -228,12 +227,10 @@ def same_size_attention(model: Qwen2VLForConditionalGeneration) -> Iterator[None
                  for t in (query, key, qkv[2])]  # fmt: skip
         return self.proj(F.scaled_dot_product_attention(*split).transpose(1, 2).reshape(n, -1))
 
-    attentions = [block.attn for block in model.model.visual.blocks]
-    for attention in attentions:
-        attention.forward = partial(forward, attention)
+    original = VisionAttention.forward
+    VisionAttention.forward = forward  # of the class, not of each layer: torch.compile would compile each layer anew
     yield
-    for attention in attentions:
-        del attention.forward
+    VisionAttention.forward = original
 
 
 def look(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLProcessor, pixels: torch.Tensor) -> torch.Tensor:
@@ -470,24 +467,22 @@ def scores_table(scores: dict[str, dict[str, float]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write_model_card(arguments: argparse.Namespace, minutes: float, model, processor, scores: dict) -> None:
-    """`scores.json` and the README.md that quotes it, beside the weights."""
-    folder = arguments.output
+def write_model_card(folder: Path, model, processor, scores: dict) -> None:
+    """`scores.json`, and the README.md that quotes it and `training.json`, beside the weights."""
     (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
-    facts = vars(arguments) | {
-        "minutes": minutes,
+    facts = json.loads((folder / "training.json").read_text()) | {
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": len(processor.tokenizer),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU",
         "first_seed": FIRST_SEED,
         "longest_edge": PIXEL_BUDGET["longest_edge"],
+        "score_pictures": scores[TABLE_LABEL]["pictures"],  # there is a table in every picture
         "table": scores_table(scores),
     }
     (folder / "README.md").write_text(MODEL_CARD.format(**facts))
 
 
-def pretrain(arguments: argparse.Namespace) -> float:
-    """Draw, train in two phases, save; returns the minutes that took."""
+def pretrain(arguments: argparse.Namespace) -> None:
+    """Draw, train in two phases, save the model and, in `training.json`, how it was made."""
     started = time.time()
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
@@ -498,23 +493,26 @@ def pretrain(arguments: argparse.Namespace) -> float:
     if device == "cuda":
         for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
             block.compile()  # halves the time of a step
-    with same_size_attention(model):
+    with same_size_attention():
         pretrain_vision(model, processor, groups, arguments.vision_steps, arguments.batch_size, lr=1e-3)
         pretrain_answers(model, processor, groups, arguments.answer_steps, arguments.batch_size, lr=8e-4)
     model.half().save_pretrained(arguments.output)
     processor.save_pretrained(arguments.output)
-    return round((time.time() - started) / 60, 1)
+    training = {name: getattr(arguments, name) for name in ("pictures", "vision_steps", "answer_steps", "batch_size")}
+    training["minutes"] = round((time.time() - started) / 60, 1)
+    training["device"] = torch.cuda.get_device_name() if device == "cuda" else "a CPU"
+    (arguments.output / "training.json").write_text(json.dumps(training, indent=1) + "\n")
 
 
 def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=BASE)
-    parser.add_argument("--pictures", type=int, default=60_000)
-    parser.add_argument("--vision-steps", type=int, default=9_000)
-    parser.add_argument("--answer-steps", type=int, default=10_000)
+    parser.add_argument("--pictures", type=int, default=36_000)
+    parser.add_argument("--vision-steps", type=int, default=6_000)
+    parser.add_argument("--answer-steps", type=int, default=7_000)
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--score-pictures", type=int, default=512)
+    parser.add_argument("--score-pictures", type=int, default=256)
     parser.add_argument("--score-only", action="store_true", help="score what is in --output")
     parser.add_argument("--smoke", action="store_true", help="shrink everything, to see that it runs")
     arguments = parser.parse_args()
@@ -522,15 +520,15 @@ def main() -> None:
         small = {"pictures": 64, "vision_steps": 3, "answer_steps": 3, "batch_size": 4, "score_pictures": 8}
         arguments = argparse.Namespace(**{**vars(arguments), **small})
 
-    minutes = None if arguments.score_only else pretrain(arguments)
+    if not arguments.score_only:
+        pretrain(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Qwen2VLForConditionalGeneration.from_pretrained(arguments.output, dtype=torch.float32).to(device)
     processor = Qwen2VLProcessor.from_pretrained(arguments.output)
     unseen = range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + arguments.score_pictures)
     scores = score(model, processor, unseen)
     print(scores_table(scores))
-    if minutes is not None:
-        write_model_card(arguments, minutes, model, processor, scores)
+    write_model_card(arguments.output, model, processor, scores)
 
 
 if __name__ == "__main__":
