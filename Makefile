@@ -16,8 +16,8 @@ help:  ## list these commands
 
 demo: .venv/installed $(DATASET)/.drawn  ## run the whole notebook on the embedded tiny model and data, without GPU or hub
 	@mkdir -p $(dir $(EXECUTED))
-	@# JUPYTER_PATH comes first in Jupyter's search, so python3 is this environment's kernel and no other
-	JUPYTER_PATH=$(CURDIR)/.venv/share/jupyter $(BIN)/papermill $(STORY).ipynb $(EXECUTED) \
+	@# nothing comes from a hub; JUPYTER_PATH comes first in Jupyter's search, so python3 is this environment's kernel
+	HF_HUB_OFFLINE=1 JUPYTER_PATH=$(CURDIR)/.venv/share/jupyter $(BIN)/papermill $(STORY).ipynb $(EXECUTED) \
 	  --kernel python3 --parameters_file helpers/tiny/demo.yaml --log-output --progress-bar
 	$(BIN)/jupyter nbconvert --to html $(EXECUTED)
 	@echo "Read it: $(EXECUTED:.ipynb=.html)"
@@ -41,6 +41,7 @@ from-notebook: .venv/installed  ## take edits made in Jupyter or Colab back into
 notebook: sync  ## run the demo and keep its outputs in the committed notebook
 	$(MAKE) demo
 	$(BIN)/python -m helpers.export $(EXECUTED)
+	cp $(dir $(EXECUTED))predictions.png helpers/tiny/demo.png
 
 requirements: $(BIN)/uv  ## pin the dependencies of pyproject.toml in requirements.txt
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev pyproject.toml \
