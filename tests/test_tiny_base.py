@@ -17,7 +17,6 @@ def test_it_is_an_ordinary_checkpoint(base):
     assert sum(p.numel() for p in model.parameters()) == 6_193_920
     processor = AutoProcessor.from_pretrained(base)
     assert processor.image_processor.size["longest_edge"] == 66 * 28 * 28
-    assert processor.tokenizer.padding_side == "left"
 
 
 def test_its_processor_is_the_one_that_is_built(base):

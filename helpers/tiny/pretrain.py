@@ -125,7 +125,6 @@ def build_tokenizer() -> Qwen2Tokenizer:
     corpus += [part["text"] for part in to_conversation("")[0]["content"]] * len(corpus)
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(corpus, vocab_size=512, new_special_tokens=SPECIAL_TOKENS[1:])
     tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"
-    tokenizer.padding_side = "left"
     return tokenizer
 
 
