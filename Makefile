@@ -19,7 +19,7 @@ demo: .venv/installed $(DATASET)/.drawn  ## run the whole notebook on the embedd
 	@# nothing comes from a hub; JUPYTER_PATH comes first in Jupyter's search, so python3 is this environment's kernel
 	HF_HUB_OFFLINE=1 JUPYTER_PATH=$(CURDIR)/.venv/share/jupyter $(BIN)/papermill $(STORY).ipynb $(EXECUTED) \
 	  --kernel python3 --parameters_file helpers/tiny/demo.yaml --log-output --progress-bar
-	$(BIN)/jupyter nbconvert --to html $(EXECUTED)
+	$(BIN)/jupyter nbconvert --to html --CoalesceStreamsPreprocessor.enabled=True $(EXECUTED)
 	@echo "Read it: $(EXECUTED:.ipynb=.html)"
 
 test: lint  ## lint, then run every test

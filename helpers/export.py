@@ -19,6 +19,7 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,8 +168,10 @@ def refuse_other_code(executed: NotebookNode, committed: NotebookNode, script: P
 
 
 def lasting_outputs(cell: NotebookNode) -> list[NotebookNode]:
-    """A cell's outputs without the widgets, which show nothing once their kernel is gone."""
-    return [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+    """A cell's outputs without widgets, which are dead without their kernel, and with each progress bar at its end."""
+    kept = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+    merged, _ = CoalesceStreamsPreprocessor().preprocess_cell(NotebookNode(outputs=kept), {}, 0)
+    return merged.outputs
 
 
 def take_outputs(path: Path, script: Path) -> None:
