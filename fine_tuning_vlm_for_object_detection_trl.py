@@ -69,6 +69,9 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
+# when imported on a CPU it asks for an optional package that would download kernels
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -93,8 +96,6 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-# on a CPU it asks for an optional package that would download kernels
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # TRL 1.16 itself uses the old name; the new one does not exist in all versions allowed here
 warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
 
@@ -567,7 +568,7 @@ def find_assistant_tokens(input_ids: torch.Tensor, tokenizer) -> torch.Tensor:
 # %%
 def show_trained_tokens(batch: dict[str, torch.Tensor], row: int = 0) -> None:
     """Print one row of a batch twice: what the model is given, and what it is trained to write."""
-    given = batch["input_ids"][row][batch["labels"][row] == -100]
+    given = batch["input_ids"][row][(batch["labels"][row] == -100) & batch["attention_mask"][row].bool()]
     text = processor.decode(given)
     print("GIVEN  ", re.sub(r"(<\|image_pad\|>)+", lambda m: f"<|image_pad|> x {m[0].count('image')}", text))
     print("TRAINED", processor.decode(batch["labels"][row][batch["labels"][row] != -100]))
