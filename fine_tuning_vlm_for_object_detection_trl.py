@@ -457,6 +457,7 @@ print("back  ", [round(v, 1) for v in from_grid(grid_box, *image.size)])
 #| export conversation
 SYSTEM_MESSAGE = "You are a vision language model that locates objects on food packages."
 PROMPT = "Detect every {label}. Answer with label and box of each as label(x1,y1),(x2,y2) on a grid from 0 to 1000."
+PLAIN_PROMPT = "Detect the bounding box of the {label}."
 
 
 def format_answer(labels: Iterable[str], grid_boxes: Iterable[Sequence[int]]) -> str:

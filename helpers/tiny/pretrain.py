@@ -1,6 +1,6 @@
 """Pretrain the tiny Qwen2-VL base that ships with this repository, from nothing, on drawn food packages.
 
-    python -m helpers.tiny.pretrain                      # one GPU, ten minutes, writes helpers/tiny/base
+    python -m helpers.tiny.pretrain                      # one GPU, 13 minutes, writes helpers/tiny/base
     python -m helpers.tiny.pretrain --smoke --output /tmp/base  # a minute on a CPU, to see that the code runs
 
 The result is an ordinary `Qwen2VLForConditionalGeneration` folder. It finds the objects in `packages.LABELS`;
@@ -9,7 +9,8 @@ nutrition tables are in the pictures, but never asked for and never an answer: t
 Two phases, because a language model of this size does not learn coordinates from the loss on a few digits alone (5,000
 steps of that gave nothing):
 1. the vision tower, through a throw-away linear head: each token tells which objects cover it, and their boxes;
-2. the whole model, next-token loss on answers to "Detect every barcode …" and "Detect every object …".
+2. the whole model, next-token loss on answers to "Detect every barcode …" (in a quarter of the pictures: "Detect the
+   bounding box of the barcode.") and "Detect every object …".
 
 Python overhead would dominate at this size, so all pictures live on the GPU, batches hold pictures of one size, and
 token positions are computed once per size.
@@ -43,7 +44,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention, apply_rotary_pos_emb_vision
 
 from helpers.boxes import to_grid
-from helpers.conversation import PROMPT, format_answer, to_conversation
+from helpers.conversation import PLAIN_PROMPT, PROMPT, format_answer, to_conversation
 from helpers.evaluation import generate_answers, match_boxes, parse_answer
 from helpers.tiny.packages import LABELS, TABLE_LABEL, draw_package
 
@@ -89,7 +90,7 @@ pixels each:
 1. {vision_steps:,} steps of {batch_size} pictures: the vision tower, through a linear head that was thrown away (per
    token: which objects cover it, and their boxes; tokens on nutrition tables do not count);
 2. {answer_steps:,} steps of {batch_size} questions: everything, next-token loss on answers to "Detect every barcode …"
-   (one label) and "Detect every object …" (all of them).
+   or "Detect the bounding box of the barcode." (one label) and "Detect every object …" (all of them).
 
 Nutrition tables are in the pictures but were never asked for and never in an answer: that is left for fine-tuning.
 
@@ -102,15 +103,20 @@ Zero-shot on {score_pictures} unseen pictures of six aspect ratios, greedy answe
 
 ## Limits
 
-Drawn packages only, one object of each label a picture; the prompt has to be the one it was trained with
-(`PROMPT` in `helpers/conversation.py`). Objects under about 7 % of the picture's longer side were never labelled.
+Drawn packages only, one object of each label a picture; the prompt has to be one of those it was trained with
+(`PROMPT` and `PLAIN_PROMPT` in `helpers/conversation.py`). Objects under about 7 % of the picture's longer side were never labelled.
 """
 Objects = list[tuple[str, tuple[float, float, float, float]]]
 
 
-def prompt_for(label: str) -> str:
+def prompt_for(label: str, wording: str = PROMPT) -> str:
     """The question for a label: `brand-name` is asked for as `brand name`."""
-    return PROMPT.format(label=label.replace("-", " "))
+    return wording.format(label=label.replace("-", " "))
+
+
+def wording_for(picture: int, label: str) -> str:
+    """Every fourth picture is asked about in the plain words, which say nothing of the format."""
+    return PLAIN_PROMPT if picture % 4 == 3 and label != EVERYTHING else PROMPT
 
 
 # Model, tokenizer, processor
@@ -120,7 +126,9 @@ def build_tokenizer() -> Qwen2Tokenizer:
     """Qwen2's tokenizer (byte-level BPE, one token per digit) with a few hundred merges of its own."""
     labels = [*LABELS, TABLE_LABEL, EVERYTHING]
     corpus = [
-        f"{message}\n{prompt_for(label)}\n{label}" for label in labels for message in ("system", "user", "assistant")
+        f"{message}\n{prompt_for(label)}\n{prompt_for(label, PLAIN_PROMPT)}\n{label}"
+        for label in labels
+        for message in ("system", "user", "assistant")
     ]
     corpus += [part["text"] for part in to_conversation("")[0]["content"]] * len(corpus)
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(corpus, vocab_size=512, new_special_tokens=SPECIAL_TOKENS[1:])
@@ -343,20 +351,22 @@ def build_questions(group: dict, processor: Qwen2VLProcessor, everything: bool) 
     for picture, objects in enumerate(group["objects"]):
         known = [thing for thing in objects if thing[0] != TABLE_LABEL]
         asked += [(picture, EVERYTHING, known)] * bool(known) if everything else [(picture, o[0], [o]) for o in known]
-    prompts = {
-        label: processor.apply_chat_template(to_conversation(prompt_for(label)), add_generation_prompt=True)
+    prompts = [prompt_for(label, wording_for(picture, label)) for picture, label, _ in asked]
+    heads = {
+        prompt: processor.apply_chat_template(to_conversation(prompt), add_generation_prompt=True)
         .replace("<|image_pad|>", image_tokens)
-        for label in {label for _, label, _ in asked}
+        for prompt in set(prompts)
     }  # fmt: skip
-    starts = {label: len(tokenizer.encode(text)) for label, text in prompts.items()}
-    texts = [prompts[label] + answer_text(view(o)) for view in (list, flip) for _, label, o in asked]
+    starts = {prompt: len(tokenizer.encode(text)) for prompt, text in heads.items()}
+    answers = [answer_text(view(objects)) for view in (list, flip) for _, _, objects in asked]
+    texts = [heads[prompt] + answer for prompt, answer in zip(prompts * 2, answers, strict=True)]
     rows = [torch.tensor(ids, dtype=torch.int16) for ids in tokenizer(texts)["input_ids"]]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     device = group["pixels"].device
     return {
         "pixels": group["pixels"],
         "tokens": tokens.reshape(2, len(asked), -1).to(device),
-        "start": torch.tensor([starts[label] for _, label, _ in asked], device=device),
+        "start": torch.tensor([starts[prompt] for prompt in prompts], device=device),
         "picture": torch.tensor([picture for picture, _, _ in asked], device=device),
         "grid": torch.tensor([[1, height // 14, width // 14]]),
     }
@@ -507,9 +517,9 @@ def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=BASE)
-    parser.add_argument("--pictures", type=int, default=36_000)
-    parser.add_argument("--vision-steps", type=int, default=6_000)
-    parser.add_argument("--answer-steps", type=int, default=7_000)
+    parser.add_argument("--pictures", type=int, default=60_000)
+    parser.add_argument("--vision-steps", type=int, default=8_000)
+    parser.add_argument("--answer-steps", type=int, default=13_000)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--score-pictures", type=int, default=256)
     parser.add_argument("--score-only", action="store_true", help="score what is in --output")
