@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets import Image as ImageFeature
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from helpers.boxes import flip_horizontally, to_grid
 from helpers.conversation import format_answer, to_conversation
@@ -81,7 +84,7 @@ def describe_box_problem(boxes: Sequence[Sequence[float]]) -> str | None:
 def describe_picture_problem(encoded: dict) -> str | None:
     """Why an undecoded picture (`{"bytes", "path"}`) cannot be read, or None."""
     try:
-        image = Image.open(encoded["path"] if encoded["bytes"] is None else BytesIO(encoded["bytes"]))
+        image = open_encoded(encoded)
         image.draft("RGB", (256, 256))  # a JPEG is read to its end, but unpacked at a fraction of its size: faster
         image.load()
     except UnidentifiedImageError:
@@ -89,6 +92,11 @@ def describe_picture_problem(encoded: dict) -> str | None:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"picture cannot be decoded ({error})"
     return None
+
+
+def open_encoded(encoded: dict) -> Image.Image:
+    """Open an undecoded picture; only its header is read until its pixels are asked for."""
+    return Image.open(encoded["path"] if encoded["bytes"] is None else BytesIO(encoded["bytes"]))
 
 
 def drop_bad_rows(rows: Dataset) -> Dataset:
@@ -102,6 +110,38 @@ def drop_bad_rows(rows: Dataset) -> Dataset:
     return rows.select([number for number in range(len(rows)) if number not in problems])
 
 
+def read_barcodes(rows: Dataset) -> list[str | None]:
+    """The barcode of every row, None where the dataset gives none."""
+    if "meta" not in rows.column_names:
+        return [None] * len(rows)
+    return [meta.get("barcode") or None for meta in rows["meta"]]
+
+
+def drop_shared_barcodes(rows: Dataset, others: Dataset) -> Dataset:
+    """`rows` without the packages that are in `others` too; says how many were left out."""
+    seen = set(read_barcodes(others)) - {None}
+    kept = [number for number, barcode in enumerate(read_barcodes(rows)) if barcode not in seen]
+    print(f"{len(rows) - len(kept)} training pictures show a package of the evaluation split: left out")
+    return rows.select(kept)
+
+
+def hold_back(rows: Dataset, samples: int, seed: int) -> tuple[Dataset, Dataset]:
+    """Split rows in two, about `samples` in the second one, all pictures of a barcode on the same side.
+
+    Raises ValueError when nothing would be left to train on.
+    """
+    groups = {}
+    for number, barcode in enumerate(read_barcodes(rows)):
+        groups.setdefault(barcode or number, []).append(number)
+    order = np.random.default_rng(seed).permutation(len(groups))
+    shuffled = [number for group in order for number in list(groups.values())[group]]
+    held = {barcode for barcode, members in groups.items() if set(members) & set(shuffled[:samples])}
+    back = sorted(number for barcode in held for number in groups[barcode])
+    if len(back) >= len(rows):
+        raise ValueError(f"WATCH_SAMPLES={samples} leaves nothing to train on: {len(rows)} rows in all.")
+    return rows.select(sorted(set(range(len(rows))) - set(back))), rows.select(back)
+
+
 def read_row(row: dict) -> tuple[Image.Image, list[list[float]], list[str]]:
     """A dataset row as upright RGB picture, its boxes `[x1, y1, x2, y2]` in pixels, and their labels."""
     image = ImageOps.exif_transpose(row["image"]).convert("RGB")
@@ -111,6 +151,41 @@ def read_row(row: dict) -> tuple[Image.Image, list[list[float]], list[str]]:
         for y_min, x_min, y_max, x_max in row["objects"]["bbox"]
     ]
     return image, boxes, list(row["objects"]["category_name"])
+
+
+def describe_pictures(rows: Dataset) -> pd.DataFrame:
+    """One line per picture: size when upright (pixels), EXIF orientation (1: stored upright), boxes, barcode."""
+    lines = []
+    for row in rows.remove_columns("objects").cast_column("image", ImageFeature(decode=False)):
+        image = open_encoded(row["image"])
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        width, height = image.size[::-1] if orientation >= 5 else image.size  # 5 to 8 lie on their side
+        lines.append({"image_id": row["image_id"], "width": width, "height": height, "orientation": orientation})
+    boxes = [len(objects["bbox"]) for objects in rows["objects"]]
+    return pd.DataFrame(lines).assign(boxes=boxes, barcode=read_barcodes(rows))
+
+
+def describe_boxes(rows: Dataset, pictures: pd.DataFrame) -> pd.DataFrame:
+    """One line per box: picture number, category, corners, width, height and area in 0..1, aspect as displayed."""
+    lines = []
+    for number, objects in enumerate(rows["objects"]):
+        for category, (y1, x1, y2, x2) in zip(objects["category_name"], objects["bbox"], strict=True):
+            lines.append({"picture": number, "category": category, "x1": x1, "y1": y1, "x2": x2, "y2": y2})
+    boxes = pd.DataFrame(lines)
+    boxes["width"], boxes["height"] = boxes.x2 - boxes.x1, boxes.y2 - boxes.y1
+    boxes["area"] = boxes.width * boxes.height
+    shape = (pictures.width / pictures.height).loc[boxes.picture].to_numpy()
+    return boxes.assign(aspect=boxes.width / boxes.height * shape)
+
+
+def count_tokens(pictures: pd.DataFrame, min_pixels: int, max_pixels: int) -> np.ndarray:
+    """Image tokens of every line of `describe_pictures`: one for each 28 x 28 pixels of the resized picture."""
+    factor = 28  # patches of 14 x 14, merged two by two
+    sizes = [
+        smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
+        for width, height in zip(pictures.width, pictures.height, strict=True)
+    ]
+    return np.array([height * width // factor**2 for height, width in sizes])
 
 
 def to_training_dataset(rows: Dataset, prompt: str, flip_probability: float) -> Dataset:

@@ -1,10 +1,20 @@
 """Printed from fine_tuning_vlm_for_object_detection_trl.py: edit the script, then run `make sync`."""
 
 import gc
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 
+import pandas as pd
+import psutil
 import torch
+from peft import PeftModel
 from PIL import Image
 from transformers import (
+    AutoConfig,
     BitsAndBytesConfig,
     PreTrainedModel,
     Qwen2VLForConditionalGeneration,
@@ -37,32 +47,85 @@ def load_processor(model_id: str, max_pixels: int) -> Qwen2VLProcessor:
     return processor
 
 
-def load_model(model_id: str, quantized: bool, dtype: torch.dtype) -> PreTrainedModel:
-    """Load Qwen2-VL, its language model in NF4 if `quantized`. Raises RuntimeError if vision was quantised too."""
+AREAS = ["visual", "language_model", "lm_head"]  # parts of the paths in `named_parameters`
+
+
+def build_empty_model(model_id: str) -> PreTrainedModel:
+    """The model without weights, on the meta device: names, shapes and counts cost no memory."""
+    with torch.device("meta"):
+        return Qwen2VLForConditionalGeneration(AutoConfig.from_pretrained(model_id))
+
+
+def area_of(name: str) -> str:
+    """The area a parameter or module belongs to, by its path; "other" when it belongs to none."""
+    return next((area for area in AREAS if area in name), "other")
+
+
+def list_linear_modules(model: torch.nn.Module, prefix: str = "") -> pd.DataFrame:
+    """The linear layers below `prefix`: path with `{i}` for layer numbers, how many of them, their shape."""
+    found = Counter(
+        (re.sub(r"\.\d+\.", ".{i}.", name), module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.startswith(prefix)
+    )
+    lines = [(*key, count) for key, count in found.items()]
+    return pd.DataFrame(lines, columns=["module", "in", "out", "count"]).set_index("module")
+
+
+def find_modules_by_pattern(model: torch.nn.Module, pattern: str) -> list[str]:
+    """Paths of the modules that a regular expression matches in full, as PEFT matches `target_modules`."""
+    return [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
+
+
+def summarize_trainables_by_area(model: torch.nn.Module) -> pd.DataFrame:
+    """Parameters of each area, and how many of them are trained. Packed 4-bit weights count as they are stored."""
+    counts = {area: [0, 0] for area in [*AREAS, "other"]}
+    for name, parameter in model.named_parameters():
+        counts[area_of(name)][0] += parameter.numel()
+        counts[area_of(name)][1] += parameter.numel() * parameter.requires_grad
+    table = pd.DataFrame.from_dict(counts, orient="index", columns=["parameters", "trained"])
+    table.loc["total"] = table.sum()
+    return table
+
+
+KEPT_MODULES = ("model.visual", "lm_head")  # not quantised
+
+
+def load_model(
+    model_id: str, quantized: bool, dtype: torch.dtype, kept_modules: Sequence[str] = KEPT_MODULES
+) -> PreTrainedModel:
+    """Load Qwen2-VL, in NF4 but for `kept_modules` if `quantized`. Raises RuntimeError if it came out otherwise."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["model.visual", "lm_head"],  # the name is historic, it holds for 4 bits too
+        llm_int8_skip_modules=list(kept_modules),  # the name is historic, it holds for 4 bits too
     )
     model = Qwen2VLForConditionalGeneration.from_pretrained(
         model_id,
         dtype=dtype,
         attn_implementation="sdpa",
-        device_map="auto" if torch.cuda.is_available() else "cpu",
+        device_map=choose_device_map(),
         quantization_config=quantization if quantized else None,
     )
-    check_quantization(model, quantized)
+    check_quantization(model, quantized, kept_modules)
     return model
 
 
-def check_quantization(model: PreTrainedModel, quantized: bool) -> None:
-    """Raise RuntimeError unless 4-bit layers are in the language model, and only there."""
-    found = [name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"]
-    strays = [name for name in found if "language_model" not in name]
-    if strays or bool(found) != quantized:
-        raise RuntimeError(f"4-bit layers: {len(found)} in all, {strays[:3]} outside the language model.")
+def choose_device_map() -> str | dict[str, int]:
+    """CPU without a GPU; under torchrun the GPU of this process; else the layers are spread over all visible GPUs."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return {"": int(os.environ["LOCAL_RANK"])} if "LOCAL_RANK" in os.environ else "auto"
+
+
+def check_quantization(model: PreTrainedModel, quantized: bool, kept_modules: Sequence[str] = KEPT_MODULES) -> None:
+    """Raise RuntimeError unless 4-bit layers are everywhere but in `kept_modules`, or nowhere if not `quantized`."""
+    linear = {n: type(m).__name__ == "Linear4bit" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    wrong = [n for n, packed in linear.items() if packed != (quantized and not n.startswith(tuple(kept_modules)))]
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} of {len(linear)} linear layers have the wrong precision, first {wrong[0]}.")
 
 
 def release_memory() -> None:
@@ -70,3 +133,45 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def allocated_megabytes() -> float:
+    """Memory that tensors hold on all GPUs; without a GPU, the memory that this process holds."""
+    if torch.cuda.is_available():
+        return sum(torch.cuda.memory_allocated(gpu) for gpu in range(torch.cuda.device_count())) / 1e6
+    return psutil.Process().memory_info().rss / 1e6
+
+
+def summarize_memory(model: PreTrainedModel) -> pd.DataFrame:
+    """Weights of a model by area: megabytes, the types they are stored in, and how many layers are in 4 bits."""
+    lines = []
+    for area in AREAS:
+        tensors = [p for name, p in model.named_parameters() if area in name]
+        kinds = sorted({str(p.dtype).removeprefix("torch.") for p in tensors})
+        layers = [m for name, m in model.named_modules() if area in name and isinstance(m, torch.nn.Linear)]
+        packed = sum(type(m).__name__ == "Linear4bit" for m in layers)
+        megabytes = sum(p.numel() * p.element_size() for p in tensors) / 1e6
+        lines.append([area, round(megabytes, 2), ", ".join(kinds), f"{packed} of {len(layers)}"])
+    return pd.DataFrame(lines, columns=["area", "megabytes", "stored as", "layers in 4 bits"]).set_index("area")
+
+
+def load_trained_model(folder: Path, quantized: bool | None = None) -> PreTrainedModel:
+    """A full checkpoint, or an adapter on its base, whose precision `quantized` can override.
+
+    Which of the two it is shows by the files in `folder`.
+    """
+    recipe = json.loads((folder / "recipe.json").read_text())
+    quantized = recipe["quantized"] if quantized is None else quantized
+    if not (folder / "adapter_config.json").exists():
+        return load_model(str(folder), quantized, best_dtype()).eval()
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    return PeftModel.from_pretrained(load_model(base, quantized, best_dtype()), str(folder)).eval()
+
+
+def merge_adapter(folder: Path, target: Path, processor: Qwen2VLProcessor) -> None:
+    """Write the model of `folder` without adapters, in 16 bits (32 on a CPU), with its processor, into `target`."""
+    model = load_trained_model(folder, quantized=False)
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload(safe_merge=True)
+    model.save_pretrained(target)
+    processor.save_pretrained(target)

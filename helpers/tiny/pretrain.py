@@ -104,7 +104,8 @@ Zero-shot on {score_pictures} unseen pictures of six aspect ratios, greedy answe
 ## Limits
 
 Drawn packages only, one object of each label a picture; the prompt has to be one of those it was trained with
-(`PROMPT` and `PLAIN_PROMPT` in `helpers/conversation.py`). Objects under about 7 % of the picture's longer side were never labelled.
+(`PROMPT` and `PLAIN_PROMPT` in `helpers/conversation.py`). Objects under about 7 % of the picture's longer side were
+never labelled.
 """
 Objects = list[tuple[str, tuple[float, float, float, float]]]
 
