@@ -20,6 +20,14 @@ def base() -> Path:
 
 
 @pytest.fixture(scope="session")
+def real_processor():
+    """Qwen2-VL's own processor, rebuilt without a hub: its tokens, its chat template, its picture sizes."""
+    from qwen_tokenizer import build_processor  # its imports take seconds, which only these tests should wait for
+
+    return build_processor()
+
+
+@pytest.fixture(scope="session")
 def dataset_folder(tmp_path_factory) -> Path:
     """A dataset of 24 training and 8 validation pictures."""
     folder = tmp_path_factory.mktemp("data") / "tiny_dataset"
