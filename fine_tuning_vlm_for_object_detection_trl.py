@@ -2031,7 +2031,7 @@ for asked, (one, other) in questions_asked.items():
 
 
 # %%
-#| export loading
+#| export deployment
 def merge_adapter(folder: Path, target: Path, processor: Qwen2VLProcessor) -> None:
     """Write the model of `folder` without adapters, in 16 bits (32 on a CPU), with its processor, into `target`."""
     model = load_trained_model(folder, quantized=False)
@@ -2071,7 +2071,7 @@ assert difference <= 0.01, f"merging changed the model: mean IoU differs by {dif
 
 
 # %%
-#| export evaluation
+#| export deployment
 def detect(
     image: Image.Image, model: PreTrainedModel, processor: Qwen2VLProcessor, prompt: str, max_new_tokens: int = 128
 ) -> list[dict]:
@@ -2096,7 +2096,7 @@ release_memory()
 
 
 # %%
-#| export evaluation
+#| export deployment
 MODEL_CARD = """{metadata}
 # {base}, fine-tuned to find {dataset} objects
 

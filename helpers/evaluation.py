@@ -8,18 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from PIL import Image, ImageOps
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_iou
 from tqdm import tqdm
 from transformers import PreTrainedModel, Qwen2VLProcessor
 
 from helpers.boxes import GRID, from_grid
-from helpers.conversation import SYSTEM_MESSAGE, to_conversation
+from helpers.conversation import to_conversation
 from helpers.data import read_row
 from helpers.loading import load_trained_model
-from helpers.recipes import TrainingRecipe
 
 
 @torch.inference_mode()
@@ -187,64 +185,3 @@ def load_and_evaluate_demo(
 def load_records(folder: Path) -> list[dict]:
     """The lines of a `predictions.jsonl`."""
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-
-
-def detect(
-    image: Image.Image, model: PreTrainedModel, processor: Qwen2VLProcessor, prompt: str, max_new_tokens: int = 128
-) -> list[dict]:
-    """The objects in one picture: `{"label", "box"}`, boxes `[x1, y1, x2, y2]` in pixels of the upright picture."""
-    upright = ImageOps.exif_transpose(image).convert("RGB")
-    answer = generate_answers(model, processor, [upright], prompt, max_new_tokens)[0]
-    return to_record("", (upright, [], []), answer)["prediction"]
-
-
-MODEL_CARD = """{metadata}
-# {base}, fine-tuned to find {dataset} objects
-
-Trained with the recipe `{recipe}` ({description}). Ask it with the system message
-
-> {system}
-
-and, after the picture, with the prompt
-
-> {prompt}
-
-It answers with boxes as `label(x1,y1),(x2,y2)` on a grid from 0 to 1000 in both directions. Pictures are turned
-upright (EXIF) and resized to at most {max_pixels:,} pixels, as `preprocessor` settings in this folder say.
-
-| metric | value |
-| --- | --- |
-{metrics}
-
-Measured on {n} pictures of the evaluation split, merged weights, greedy answers.
-"""
-
-
-def write_model_card(
-    folder: Path, base: str, dataset: str, recipe: TrainingRecipe, prompt: str, max_pixels: int, metrics: dict
-) -> None:
-    """Write `README.md` with metadata that the hub reads, prompt, pixel budget and metrics."""
-    data = ModelCardData(
-        base_model=base,
-        datasets=[dataset],
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        tags=["object-detection", "trl"],
-        model_name=folder.name,
-        eval_results=[
-            EvalResult("object-detection", "object-detection", dataset, dataset, "mean_iou", metrics["mean_iou"])
-        ],
-    )
-    text = MODEL_CARD.format(
-        metadata=f"---\n{data.to_yaml()}\n---\n",
-        base=base,
-        dataset=dataset,
-        recipe=recipe.name,
-        description=recipe.description,
-        system=SYSTEM_MESSAGE,
-        prompt=prompt,
-        max_pixels=max_pixels,
-        metrics="\n".join(f"| {name} | {value:.3f} |" for name, value in metrics.items()),
-        n=metrics["n"],
-    )
-    ModelCard(text).save(folder / "README.md")

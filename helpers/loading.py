@@ -166,12 +166,3 @@ def load_trained_model(folder: Path, quantized: bool | None = None) -> PreTraine
         return load_model(str(folder), quantized, best_dtype()).eval()
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     return PeftModel.from_pretrained(load_model(base, quantized, best_dtype()), str(folder)).eval()
-
-
-def merge_adapter(folder: Path, target: Path, processor: Qwen2VLProcessor) -> None:
-    """Write the model of `folder` without adapters, in 16 bits (32 on a CPU), with its processor, into `target`."""
-    model = load_trained_model(folder, quantized=False)
-    if isinstance(model, PeftModel):
-        model = model.merge_and_unload(safe_merge=True)
-    model.save_pretrained(target)
-    processor.save_pretrained(target)

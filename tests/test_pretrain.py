@@ -7,9 +7,9 @@ from PIL import Image
 
 from helpers.boxes import to_grid
 from helpers.collators import AssistantOnlyCollator
-from helpers.conversation import format_answer, to_conversation
+from helpers.conversation import PROMPT, format_answer, to_conversation
 from helpers.tiny import pretrain
-from helpers.tiny.packages import LABELS, TABLE_LABEL
+from helpers.tiny.packages import TABLE_LABEL
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +56,25 @@ def test_shortcut_loss_is_the_models_own_loss(model, processor, monkeypatch):
     assert shortcut.item() == pytest.approx(own.item(), abs=1e-4)
 
 
-def test_nutrition_tables_are_never_a_target(processor):
+def test_nutrition_tables_are_never_asked_for_and_seldom_shown(processor):
     box = (0.1, 0.1, 0.9, 0.9)
-    pixels = torch.zeros((1, 3, 224, 224), dtype=torch.uint8)
-    group = {"pixels": pixels, "objects": [[(TABLE_LABEL, box), ("logo", box)]]}
+    pixels = torch.zeros((10, 3, 224, 224), dtype=torch.uint8)
+    group = {"pixels": pixels, "objects": [[(TABLE_LABEL, box), ("logo", box)]] * 10}
     covered, _, counted = pretrain.dense_targets(group)
-    assert covered.any(dim=(0, 1, 2)).tolist() == [label == "logo" for label in LABELS]
-    assert (~counted).sum() == 6 * 6  # 8 x 8 tokens, the table spans the centres from 0.1 to 0.9
+    shown = [kind in ("logo", TABLE_LABEL) for kind in pretrain.KINDS]
+    assert covered[0].any(dim=(0, 1)).tolist() == shown
+    assert covered[1:].any(dim=(0, 1, 2)).tolist() == [kind == "logo" for kind in pretrain.KINDS]
+    assert counted[0].all()
+    assert (~counted[1]).sum() == 6 * 6  # 8 x 8 tokens, the table spans the centres from 0.1 to 0.9
     for everything in (False, True):
         questions = pretrain.build_questions(group, processor, everything)
         assert "nutrition" not in processor.tokenizer.decode(questions["tokens"].flatten().tolist())
+
+
+def test_every_fourth_picture_is_asked_about_in_plain_words():
+    assert pretrain.wording_for(2, "logo") == PROMPT
+    assert pretrain.wording_for(3, "logo") == "Detect the bounding box of the {label}."
+    assert pretrain.wording_for(3, pretrain.EVERYTHING) == PROMPT
 
 
 def test_mirrored_boxes(processor):
@@ -76,6 +85,6 @@ def test_token_is_covered_when_its_centre_is_inside():
     group = {"pixels": torch.zeros((1, 3, 56, 84), dtype=torch.uint8), "objects": [[("logo", (0.0, 0.0, 0.5, 1.0))]]}
     covered, boxes, counted = pretrain.dense_targets(group)
     assert counted.all()
-    logo = LABELS.index("logo")
+    logo = pretrain.KINDS.index("logo")
     assert covered[0, :, :, logo].tolist() == [[True, True, False], [True, True, False]]
     np.testing.assert_allclose(boxes[0, logo], [0.0, 0.0, 0.5, 1.0])

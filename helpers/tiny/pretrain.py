@@ -8,7 +8,8 @@ nutrition tables are in the pictures, but never asked for and never an answer: t
 
 Two phases, because a language model of this size does not learn coordinates from the loss on a few digits alone (5,000
 steps of that gave nothing):
-1. the vision tower, through a throw-away linear head: each token tells which objects cover it, and their boxes;
+1. the vision tower, through a throw-away linear head: each token tells which objects cover it, and their boxes; in one
+   picture of ten this includes the nutrition table, so that the tower has seen some, as a real one has;
 2. the whole model, next-token loss on answers to "Detect every barcode …" (in a quarter of the pictures: "Detect the
    bounding box of the barcode.") and "Detect every object …".
 
@@ -66,6 +67,8 @@ CHAT_TEMPLATE = (
 )
 TOKEN = 28  # pixels per side of the block that becomes one token
 PIXEL_BUDGET = {"shortest_edge": 4 * TOKEN**2, "longest_edge": 66 * TOKEN**2}
+KINDS = [*LABELS, TABLE_LABEL]  # what the vision tower is shown in phase 1
+TABLE_EVERY = 10  # one picture in so many shows the tower its nutrition table; of the others nothing is said
 FIRST_SEED = 10**9  # pictures from here on are for pretraining; those of datasets come before
 FIRST_UNSEEN_SEED = 2 * 10**9  # and those from here on are for the scores
 EVERYTHING = "object"  # "Detect every object …" is answered with all of LABELS
@@ -88,11 +91,13 @@ fine-tuning story can be run and tested in minutes on a CPU; it knows nothing bu
 pixels each:
 
 1. {vision_steps:,} steps of {batch_size} pictures: the vision tower, through a linear head that was thrown away (per
-   token: which objects cover it, and their boxes; tokens on nutrition tables do not count);
+   token: which objects cover it, and their boxes; one picture in {table_every} tells of its nutrition table too, in
+   the others the tokens on it do not count);
 2. {answer_steps:,} steps of {batch_size} questions: everything, next-token loss on answers to "Detect every barcode …"
    or "Detect the bounding box of the barcode." (one label) and "Detect every object …" (all of them).
 
-Nutrition tables are in the pictures but were never asked for and never in an answer: that is left for fine-tuning.
+So the vision tower has seen nutrition tables, but they were never asked for and never in an answer: the language model
+knows no word for them. That is left for fine-tuning.
 
 ## Scores
 
@@ -275,22 +280,24 @@ def jitter(pixels: torch.Tensor) -> torch.Tensor:
 def dense_targets(group: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What each token is to tell.
 
-    Returns which label covers which token (n, rows, columns, labels), the labels' boxes in 0..1 (n, labels, 4), and
-    the tokens that count (n, rows, columns): all but those on nutrition tables, of which nothing is said, lest the
-    tower learn that they are background.
+    Returns which kind covers which token (n, rows, columns, kinds), the kinds' boxes in 0..1 (n, kinds, 4), and the
+    tokens that count (n, rows, columns): all but those on nutrition tables that are not shown, of which nothing is
+    said, lest the tower learn that they are background.
     """
     n, _, height, width = group["pixels"].shape
     rows, columns = height // TOKEN, width // TOKEN
-    covered = np.zeros((n, rows, columns, len(LABELS)), dtype=bool)
-    boxes = np.zeros((n, len(LABELS), 4), dtype=np.float32)
+    covered = np.zeros((n, rows, columns, len(KINDS)), dtype=bool)
+    boxes = np.zeros((n, len(KINDS), 4), dtype=np.float32)
     counted = np.ones((n, rows, columns), dtype=bool)
     for picture, objects in enumerate(group["objects"]):
+        labels = [label for label, _ in objects]
+        shown = picture % TABLE_EVERY == 0 and labels.count(TABLE_LABEL) == 1
         for label, box in objects:
             inside = tokens_inside(box, rows, columns)
-            if label == TABLE_LABEL:
+            if label == TABLE_LABEL and not shown:
                 counted[picture] &= ~inside
             else:
-                covered[picture, ..., LABELS.index(label)], boxes[picture, LABELS.index(label)] = inside, box
+                covered[picture, ..., KINDS.index(label)], boxes[picture, KINDS.index(label)] = inside, box
     return tuple(torch.from_numpy(array).to(group["pixels"].device) for array in (covered, boxes, counted))
 
 
@@ -306,7 +313,7 @@ def tokens_inside(box: Sequence[float], rows: int, columns: int) -> np.ndarray:
 def dense_loss(
     output: torch.Tensor, covered: torch.Tensor, boxes: torch.Tensor, counted: torch.Tensor
 ) -> torch.Tensor:
-    """Cross entropy of "label covers this token" plus L1 of its box; output (n, tokens, labels, 5)."""
+    """Cross entropy of "kind covers this token" plus L1 of its box; output (n, tokens, kinds, 5)."""
     output, covered, counted = output.float(), covered.flatten(1, 2), counted.flatten(1, 2)
     weight = torch.tensor(5.0, device=output.device)  # most tokens are covered by nothing
     presence = F.binary_cross_entropy_with_logits(
@@ -319,7 +326,7 @@ def dense_loss(
 def pretrain_vision(model, processor, groups: Sequence[dict], steps: int, batch_size: int, lr: float) -> None:
     """Phase 1: train `model.model.visual` through a linear head that is thrown away."""
     device = groups[0]["pixels"].device
-    head = torch.nn.Linear(model.config.vision_config.hidden_size, len(LABELS) * 5).to(device)
+    head = torch.nn.Linear(model.config.vision_config.hidden_size, len(KINDS) * 5).to(device)
     for group in groups:
         group["targets"] = dense_targets(group)
     counts = [len(group["pixels"]) for group in groups]
@@ -333,7 +340,7 @@ def pretrain_vision(model, processor, groups: Sequence[dict], steps: int, batch_
             pixels, covered, counted = pixels.flip(3), covered.flip(2), counted.flip(2)
             boxes = torch.stack([1 - boxes[..., 2], boxes[..., 1], 1 - boxes[..., 0], boxes[..., 3]], -1)
         output = head(look(model, processor, pixels))
-        return dense_loss(output.unflatten(-1, (len(LABELS), 5)), covered, boxes, counted)
+        return dense_loss(output.unflatten(-1, (len(KINDS), 5)), covered, boxes, counted)
 
     optimize([*model.model.visual.parameters(), *head.parameters()], loss_of_batch, steps, lr, "vision", device.type)
     for group in groups:
@@ -485,6 +492,7 @@ def write_model_card(folder: Path, model, processor, scores: dict) -> None:
         "tokens": len(processor.tokenizer),
         "first_seed": FIRST_SEED,
         "longest_edge": PIXEL_BUDGET["longest_edge"],
+        "table_every": TABLE_EVERY,
         "score_pictures": scores[TABLE_LABEL]["pictures"],  # there is a table in every picture
         "table": scores_table(scores),
     }
