@@ -914,7 +914,7 @@ plt.show()
 # | `mean_iou`, `median_iou` | IoU of a picture (mean over its tables, one to one), over pictures with tables |
 # | `iou_gt_0.5`, `iou_gt_0.7` | share of these pictures above that IoU |
 # | `mean_best_iou` | best IoU, over all tables of all pictures |
-# | `precision`, `recall`, `f1` | hits / predicted boxes, hits / tables, their harmonic mean; a hit: a pair with IoU >= 0.5 |
+# | `precision`, `recall`, `f1` | hits over predicted boxes, hits over tables, their harmonic mean; a hit: IoU >= 0.5 |
 # | `mAP`, `mAP50`, `mAP75` | COCO's average precision |
 # | `detection_rate` | share of pictures whose answer held a readable box, right or wrong |
 # | `malformed_rate` | share of pictures whose answer held something that could not be read |
