@@ -169,7 +169,7 @@ def read_line(text: bytes, place: str, family: str) -> dict:
     try:
         line = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{place} is not JSON ({error}): {LINE_FORMAT}.") from error
+        raise ValueError(f"{place} is not JSON: {LINE_FORMAT}.") from error
     if problem := describe_line_problem(line):
         raise ValueError(f"{place}: {problem}; {LINE_FORMAT}.")
     resized = tuple(line["resized"]) if "resized" in line else None

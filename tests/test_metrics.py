@@ -100,10 +100,12 @@ def test_nothing_to_match():
 
 
 def test_hits_are_as_many_as_possible():
-    # IoU: [[0.6, 0.45], [0.45, 0]] up to a little; the largest sum, 0.9, would hold no hit
-    truth, prediction = things([0, 0, 100, 1], [45, 0, 145, 1]), things([25, 0, 125, 1], [-38, 0, 62, 1])
+    # boxes of 100 x 1, shifted by d: IoU (100 - d) / (100 + d), here [[80 / 120, 67 / 133], [67 / 133, 14 / 186]];
+    # the largest sum is that of the two 67 / 133, and would hold no hit
+    truth, prediction = things([0, 0, 100, 1], [53, 0, 153, 1]), things([20, 0, 120, 1], [-33, 0, 67, 1])
     figures = summarize([picture(truth, prediction)], threshold=0.6)
     assert figures["recall"] == 0.5
+    assert figures["mean_iou"] == pytest.approx(67 / 133)
 
 
 def test_picture_without_truth():
