@@ -884,7 +884,8 @@ examples = [
     "nutrition-table(14,57),(99",
     "There is no nutrition table in this picture.",
 ]
-pd.DataFrame([vars(parse_answer(example)) for example in examples], index=pd.Index(examples, name="answer"))
+read = [{"answer": example} | vars(parse_answer(example)) for example in examples]
+pd.DataFrame(read).astype(str).style.format(escape="html").hide()
 
 # %% [markdown]
 # The first four are read, the fourth in part; the fifth was cut off; the last holds nothing, and nothing is wrong with
@@ -1075,7 +1076,8 @@ def none_if_nan(value: float) -> float | None:
 
 # %% [markdown]
 # COCO's average precision ranks all predicted boxes by score, which a model that writes text does not give: without a
-# `score` every box counts as equally sure (1.0), and the figure says less than for other detectors.
+# `score` every box counts as equally sure (1.0) and the order of the pictures decides the ranking, so the figure says
+# less than for other detectors.
 
 
 # %%
