@@ -94,8 +94,10 @@ def test_nothing_to_find_is_not_malformed(answer):
     assert (parsed.objects, parsed.unread) == ([], [])
 
 
-grid_boxes = st.lists(st.integers(0, 1000), min_size=4, max_size=4).filter(lambda b: b[0] < b[2] and b[1] < b[3])
-labels = st.text("abcdefgäöü -_栄養", min_size=1, max_size=12).filter(lambda s: s == s.strip(" -") != "")
+sides = st.lists(st.integers(0, 1000), min_size=2, max_size=2, unique=True).map(sorted)
+grid_boxes = st.tuples(sides, sides).map(lambda pair: [pair[0][0], pair[1][0], pair[0][1], pair[1][1]])
+letter, inner = st.sampled_from("abcäü栄"), st.text("abcäü栄 -_", max_size=10)
+labels = st.builds(lambda first, middle, last: first + middle + last, letter, inner, letter)
 scenes = st.lists(st.tuples(labels, grid_boxes), max_size=5)
 
 
