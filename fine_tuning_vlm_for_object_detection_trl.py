@@ -51,15 +51,18 @@ COLAB_PACKAGES = [
     "peft>=0.21,<0.22",
     "bitsandbytes>=0.50,<0.51",
     "datasets>=5.2,<5.3",
+    "faster-coco-eval>=1.8,<1.9",
 ]
 if "google.colab" in sys.modules:
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", *COLAB_PACKAGES], check=True)
 
 # %%
+import argparse
 import gc
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -84,6 +87,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets import Image as ImageFeature
+from faster_coco_eval import COCO, COCOeval_faster
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -145,9 +149,9 @@ PUSH_TO_HUB = ""  # hub id to push the best model to, such as "me/nutrition-tabl
 RECIPES_TO_RUN = re.findall(r"[\w-]+", RECIPES) if isinstance(RECIPES, str) else list(RECIPES)
 
 # %% [markdown]
-# A **recipe** says which weights are trained and how. Two towers can be trained: the vision tower, which sees, and the
-# language model, which writes. Each is frozen, or gets LoRA (the weights stay as they are, a pair of thin matrices
-# beside each linear layer is trained), or, for the vision tower, is trained whole.
+# A **recipe** says which weights are trained and how. Two towers can be trained: the vision tower, which sees, and
+# the language model, which writes. Each is frozen, or gets LoRA (the weights stay as they are, a pair of thin
+# matrices beside each linear layer is trained), or, for the vision tower, is trained whole.
 #
 # | recipe | vision tower | language model | precision of the language model |
 # |---|---|---|---|
@@ -156,9 +160,9 @@ RECIPES_TO_RUN = re.findall(r"[\w-]+", RECIPES) if isinstance(RECIPES, str) else
 # | `r3-two-stage` | as r2, then frozen | then as r1, from that checkpoint | 16 bits, then 4 |
 # | `r4-joint` | LoRA | LoRA | 4 bits |
 #
-# Some combinations cannot work, and a recipe refuses them when it is made, not after an hour. The layers that get LoRA
-# are chosen by a regular expression on their full path. A plain list such as `["q_proj", "proj"]` would match more
-# than one thinks: `proj` is also the first convolution of the vision tower.
+# Some combinations cannot work, and a recipe refuses them when it is made, not after an hour. The layers that get
+# LoRA are chosen by a regular expression on their full path. A plain list such as `["q_proj", "proj"]` would match
+# more than one thinks: `proj` is also the first convolution of the vision tower.
 
 
 # %%
@@ -616,23 +620,89 @@ plt.show()
 # ## 3. Boxes as text
 #
 # Qwen2-VL was trained to write a box as two corners on a grid of 0 to 1000 in both directions, whatever the size of
-# the picture: `(x1,y1),(x2,y2)`. Pixels become grid units here, and grid units pixels; nowhere else. Rounding (not
-# cutting off) keeps the error under half a grid unit, half a pixel in a picture of 1,000.
+# the picture: `(x1,y1),(x2,y2)`. Qwen3-VL does the same, but Qwen2.5-VL, between the two, writes pixels of the
+# picture as its processor resized it. A box read in the wrong convention is not an error, it is only somewhere else.
+# So the convention is looked up by the model's own `config.model_type`, a family that is not listed is refused, and
+# pixels become model coordinates here, and model coordinates pixels; nowhere else.
+#
+# Rounding (not cutting off) keeps the error under half a unit: on the grid, half a pixel in a picture of 1,000.
 
 
 # %%
 #| export boxes
 GRID = 1000  # Qwen2-VL writes coordinates as integers from 0 to 1000
+GRID_FAMILIES = ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe")  # values of `config.model_type`
+PIXEL_FAMILIES = ("qwen2_5_vl",)
+
+
+def resized_size(
+    width: int, height: int, factor: int = 28, min_pixels: int = 4 * 28 * 28, max_pixels: int = 16384 * 28 * 28
+) -> tuple[int, int]:
+    """Width and height in pixels to which a Qwen-VL processor resizes a picture: multiples of `factor`.
+
+    The defaults are those that Qwen2-VL and Qwen2.5-VL were published with.
+    """
+    height, width = smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
+    return width, height
+
+
+def coordinate_range(width: int, height: int, family: str, resized: tuple[int, int] | None) -> tuple[int, int]:
+    """The largest x and y that models of a family write for a picture of `width` x `height` pixels.
+
+    `resized` is (width, height) as the model saw the picture; None stands for the published pixel budget. Only
+    families that write pixels need it. Raises ValueError for a family whose convention is not known.
+    """
+    if family in GRID_FAMILIES:
+        return GRID, GRID
+    if family in PIXEL_FAMILIES:
+        return resized or resized_size(width, height)
+    raise ValueError(
+        f"How {family!r} models write coordinates is not known: use a model whose config.model_type is one of "
+        f"{[*GRID_FAMILIES, *PIXEL_FAMILIES]}, or find its convention out and add it to one of these two lists."
+    )
+
+
+def to_model_coordinates(
+    box: Sequence[float], width: int, height: int, family: str, resized: tuple[int, int] | None = None
+) -> list[int]:
+    """Pixel box `[x1, y1, x2, y2]` -> what models of `family` write: rounded, clamped to the picture.
+
+    `family` and `resized` as in `coordinate_range`, which raises ValueError.
+    """
+    limits = coordinate_range(width, height, family, resized) * 2
+    return [
+        min(limit, max(0, round(v / size * limit)))
+        for v, size, limit in zip(box, (width, height) * 2, limits, strict=True)
+    ]
+
+
+def from_model_coordinates(
+    box: Sequence[float], width: int, height: int, family: str, resized: tuple[int, int] | None = None
+) -> list[float]:
+    """Box `[x1, y1, x2, y2]` as written by a model of `family` -> pixels, clamped to the picture.
+
+    `family` and `resized` as in `coordinate_range`, which raises ValueError.
+    """
+    limits = coordinate_range(width, height, family, resized) * 2
+    return [
+        min(limit, max(0, v)) / limit * size for v, size, limit in zip(box, (width, height) * 2, limits, strict=True)
+    ]
 
 
 def to_grid(box: Sequence[float], width: int, height: int) -> list[int]:
     """Pixel box `[x1, y1, x2, y2]` -> Qwen2-VL's grid, rounded, clamped to 0..1000."""
-    return [min(GRID, max(0, round(v / size * GRID))) for v, size in zip(box, (width, height) * 2, strict=True)]
+    return to_model_coordinates(box, width, height, "qwen2_vl")
 
 
 def from_grid(box: Sequence[float], width: int, height: int) -> list[float]:
-    """Box `[x1, y1, x2, y2]` on Qwen2-VL's grid -> pixels of a picture of `width` x `height`."""
-    return [v / GRID * size for v, size in zip(box, (width, height) * 2, strict=True)]
+    """Box `[x1, y1, x2, y2]` on Qwen2-VL's grid -> pixels of a picture of `width` x `height`, clamped to it."""
+    return from_model_coordinates(box, width, height, "qwen2_vl")
+
+
+def has_area(box: Sequence[float]) -> bool:
+    """Whether `[x1, y1, x2, y2]` is finite, its corners are in order, and it covers something."""
+    x1, y1, x2, y2 = box
+    return 0 < x2 - x1 < math.inf and 0 < y2 - y1 < math.inf
 
 
 def flip_horizontally(image: Image.Image, boxes: Iterable[Sequence[float]]) -> tuple[Image.Image, list[list[float]]]:
@@ -646,6 +716,7 @@ grid_box = to_grid(boxes[0], *image.size)
 print("pixels", [round(v, 1) for v in boxes[0]], "of", image.size)
 print("grid  ", grid_box)
 print("back  ", [round(v, 1) for v in from_grid(grid_box, *image.size)])
+print("Qwen2.5-VL would write", to_model_coordinates(boxes[0], *image.size, "qwen2_5_vl"))
 
 # %% [markdown]
 # ## 4. A picture as a conversation
@@ -730,9 +801,9 @@ print(f"picture {image.width} x {image.height} -> grid of patches {inputs['image
 print({name: tuple(tensor.shape) for name, tensor in inputs.items()})
 
 # %% [markdown]
-# What the budget does to the dataset: `smart_resize` keeps the aspect ratio, rounds both sides to multiples of 28, and
-# shrinks what is above the budget. Left the sizes as they come, right the tokens that remain. Text that is read by
-# its shape survives a good deal of shrinking; boxes that are a few pixels wide do not.
+# What the budget does to the dataset: `smart_resize` keeps the aspect ratio, rounds both sides to multiples of 28,
+# and shrinks what is above the budget. Left the sizes as they come, right the tokens that remain. Text that is read
+# by its shape survives a good deal of shrinking; boxes that are a few pixels wide do not.
 
 
 # %%
@@ -773,8 +844,8 @@ plt.show()
 # - `AssistantOnlyCollator` trains on the answer alone: the rest is given, not written.
 #
 # In both the `<|im_end|>` that closes the answer counts: a model that never learns to stop goes on writing boxes. The
-# two share everything but the mask. TRL's option `completion_only_loss` does nothing when a custom collator is passed;
-# the masking below is all there is.
+# two share everything but the mask. TRL's option `completion_only_loss` does nothing when a custom collator is
+# passed; the masking below is all there is.
 
 
 # %%
@@ -1203,50 +1274,105 @@ pd.DataFrame(
 ).style.hide()
 
 # %% [markdown]
-# Models that were not fine-tuned write boxes in many ways: with special tokens or without, with spaces, with `<box>`
-# in place of the token, with corners swapped. A strict parser would count these as misses and make every fine-tuned
-# model look good, so this one looks for two pairs of numbers in parentheses and takes the words before them as the
-# label. Corners are put in order and clamped to the grid. A box without area is dropped.
+# What did the model say, and which of it is a box? Models that were not fine-tuned write boxes in many ways: with
+# special tokens or without, with spaces, with `<box>` in place of the token, with corners swapped, as JSON like
+# Qwen2.5-VL and Qwen3-VL. A strict parser would count these as misses and make every fine-tuned model look good. So
+# this one looks for four numbers in brackets and takes the words before them, or JSON's `label`, as the label.
+#
+# What looks like an attempt at a box but is none (cut off, three numbers, no area) is returned as well, as `unread`:
+# an answer in a broken format is a different failure from a box in the wrong place, and is counted apart. An answer
+# that says there is nothing to find has neither boxes nor unread pieces.
 
 
 # %%
-#| export evaluation
-NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
-BOX_PATTERN = re.compile(rf"\({NUMBER},{NUMBER}\)\s*,?\s*\({NUMBER},{NUMBER}\)")
-MARKUP_PATTERN = re.compile(r"<[^<>]*>")
+#| export parsing
+NUMBER = r"\s*-?\d+(?:\.\d+)?\s*"
+# (x1,y1),(x2,y2), also [x1,y1,x2,y2] and mixtures
+BOX = rf"[(\[]{NUMBER},{NUMBER}(?:[)\]]\s*,?\s*[(\[]|,){NUMBER},{NUMBER}[)\]]"
+ATTEMPT = "|".join(
+    [
+        rf"[(\[]{NUMBER},(?:(?!{BOX})[-\d\s.,()\[\]])*",  # begins like a box
+        r"[(\[]\s*-?[\d.]*\s*$",  # cut off after the bracket
+        rf"<\|?box(?:_start)?\|?>(?!\s*{BOX})[^<]*",  # a box is announced and something else follows
+        r"<\|object_ref_start\|>[^<]*(?:<\|object_ref_end\|>)?\s*$",  # cut off after the label
+    ]
+)
+PIECE_PATTERN = re.compile(rf"(?P<json>\{{[^{{}}]*(?:\}}|$))|(?P<box>{BOX})|(?P<attempt>{ATTEMPT})")
+END_PATTERN = re.compile(r"<\|(?:im_end|endoftext)\|>")
+REFERENCE_PATTERN = re.compile(r"<\|object_ref_start\|>([^<]*)<\|object_ref_end\|>")
+MARKUP_PATTERN = re.compile(r"<[^<>]*>|```(?:json)?")
+JSON_LABEL_PATTERN = re.compile(r"""["']label["']\s*:\s*["']([^"']*)["']""")
 
 
-def parse_answer(answer: str) -> list[tuple[str, list[float]]]:
-    """Every `label(x1,y1),(x2,y2)` in a model's answer, as label and box `[x1, y1, x2, y2]` on the 0..1000 grid.
+@dataclass(frozen=True)
+class ParsedAnswer:
+    """What a model's answer holds. Boxes are `[x1, y1, x2, y2]` in the model's own coordinates, not clamped."""
 
-    Tags and special tokens, spaces, decimals, swapped corners and numbers off the grid are put right; what holds no
-    box gives an empty list. A box without a label of its own takes the one before it.
+    objects: list[tuple[str, list[float]]]  # label (may be empty) and box
+    unread: list[str]  # pieces of the text that look like an attempt at a box, and are none
+
+
+def parse_answer(answer: str) -> ParsedAnswer:
+    """Read every box that a Qwen-VL model wrote, as text or as JSON. Never raises.
+
+    Corners are put in order. A box without a label of its own takes the one before it.
     """
-    objects: list[tuple[str, list[float]]] = []
-    end = 0
-    for match in BOX_PATTERN.finditer(answer):
-        words = MARKUP_PATTERN.sub(" ", answer[end : match.start()]).strip(" \n,;:.")
-        label = words or (objects[-1][0] if objects else "")
-        xs, ys = sorted(map(float, match.group(1, 3))), sorted(map(float, match.group(2, 4)))
-        box = [min(GRID, max(0.0, v)) for v in (xs[0], ys[0], xs[1], ys[1])]
-        if box[0] < box[2] and box[1] < box[3]:
-            objects.append((label, box))
-        end = match.end()
-    return objects
+    text, objects, unread = END_PATTERN.sub("", answer), [], []
+    label, end = "", 0
+    for piece in PIECE_PATTERN.finditer(text):
+        label = (read_json_label(piece[0]) if piece["json"] else read_label(text[end : piece.start()])) or label
+        boxes = [] if piece["attempt"] else [read_numbers(box) for box in re.findall(BOX, piece[0])]
+        objects += [(label, box) for box in boxes if has_area(box)]
+        if not all(map(has_area, boxes)) or (not boxes and promises_box(piece)):
+            unread.append(piece[0].strip())
+        end = piece.end()
+    return ParsedAnswer(objects, unread)
+
+
+def read_label(words: str) -> str:
+    """The label in the words before a box: what the special tokens enclose, else the words without markup."""
+    if references := REFERENCE_PATTERN.findall(words):
+        return references[-1]
+    label = MARKUP_PATTERN.sub(" ", words).strip(" \t\n\r,;:.-*'\"`<>()[]{}|")
+    return "" if label.lower() == "and" else label
+
+
+def read_json_label(piece: str) -> str:
+    """The value of `label` in one JSON object, whole or cut off; empty where there is none."""
+    match = JSON_LABEL_PATTERN.search(piece)
+    return match[1] if match else ""
+
+
+def read_numbers(box: str) -> list[float]:
+    """The text of a box as `[x1, y1, x2, y2]`, corners in order."""
+    xa, ya, xb, yb = map(float, re.findall(r"-?\d+(?:\.\d+)?", box))
+    return [min(xa, xb), min(ya, yb), max(xa, xb), max(ya, yb)]
+
+
+def promises_box(piece: re.Match) -> bool:
+    """Whether a piece without a box should have had one: `{"objects": null}` says that there is nothing."""
+    return not piece[0].endswith("}") or re.search("box|label", piece[0]) is not None
 
 
 # %%
-for damaged in [
+examples = [
     "<|object_ref_start|>nutrition-table<|object_ref_end|><|box_start|>(14,57),(991,603)<|box_end|><|im_end|>",
     "nutrition-table<box>(265,492),(735,842)>",
     "The nutrition table is at (991, 603), (14, 57).",
+    '```json\n[{"bbox_2d": [14, 57, 991, 603], "label": "nutrition-table"}, {"bbox_2d": [12, 4',
+    "nutrition-table(14,57),(99",
     "There is no nutrition table in this picture.",
-]:
-    print(parse_answer(damaged), "<-", damaged)
+]
+read = [{"answer": example} | vars(parse_answer(example)) for example in examples]
+pd.DataFrame(read).astype(str).style.format(escape="html").hide()
+
+# %% [markdown]
+# The first four are read, the fourth in part; the fifth was cut off; the last holds nothing, and nothing is wrong
+# with that. Now the answers from above, drawn:
 
 # %%
 predictions = [
-    [from_grid(box, *image.size) for _, box in parse_answer(answer)]
+    [from_model_coordinates(box, *image.size, model.config.model_type) for _, box in parse_answer(answer).objects]
     for answer, (image, _, _) in zip(answers, samples, strict=True)
 ]
 show_pictures([image for image, _, _ in samples], [boxes for _, boxes, _ in samples], predictions)
@@ -1255,48 +1381,408 @@ plt.show()
 # %% [markdown]
 # ## 9. Measuring
 #
-# The overlap of two boxes is their IoU: intersection over union of their areas, 1 for the same box and 0 for boxes
-# that do not touch. With several tables in a picture each may be claimed by one predicted box only, so boxes are
-# matched one to one, with the assignment that makes the sum of IoU largest. A table that no box was left for counts
-# 0. The IoU of a picture is the mean over its true boxes.
+# How good is a detector that writes its boxes, and how sure can one be of the figure? The overlap of two boxes is
+# their IoU: intersection over union of their areas, 1 for the same box and 0 for boxes that do not touch. With
+# several tables in a picture the field uses two readings, and both are given:
 #
-# - `mean_iou`, `median_iou`: over pictures
-# - `detection_rate`: share of pictures for which the answer held at least one readable box, right or wrong
-# - `iou_gt_0.5`, `iou_gt_0.7`: share of pictures above that IoU
+# - *one to one*: a predicted box may claim one table only; of all assignments the one with the largest sum of IoU
+#   counts. A table for which no box is left counts 0.
+# - *best IoU*: every table takes the predicted box that overlaps it most, even if another table took the same.
 #
-# The label of a predicted box is not compared: there is only one kind of object to find, and a base model that writes
-# "nutrition facts" has found it.
+# | | |
+# |---|---|
+# | `mean_iou`, `median_iou` | IoU of a picture (mean over its tables, one to one), over pictures with tables |
+# | `iou_gt_0.5`, `iou_gt_0.7` | share of these pictures above that IoU |
+# | `mean_best_iou` | best IoU, over all tables of all pictures |
+# | `precision`, `recall`, `f1` | hits over predicted boxes, hits over tables, their harmonic mean; a hit: IoU >= 0.5 |
+# | `mAP`, `mAP50`, `mAP75` | COCO's average precision |
+# | `detection_rate` | share of pictures whose answer held a readable box, right or wrong |
+# | `malformed_rate` | share of pictures whose answer held something that could not be read |
+#
+# Whether labels count is a policy. By default they are all of one kind (`merge`): a base model that writes "nutrition
+# facts" has found the table. `multi-class` wants them to agree; `table-only` looks for the label `nutrition-table` in
+# the truth, and takes every predicted box for one.
 
 
 # %%
-#| export evaluation
+#| export metrics
+POLICIES = ("merge", "multi-class", "table-only")
+TABLE = "nutrition-table"
+
+
+def normalize_label(label: str) -> str:
+    """Labels that differ in case, spaces, underscores or hyphens only are the same."""
+    return re.sub(r"[\s_-]+", "-", label.strip().lower())
+
+
+def apply_policy(record: dict, policy: str) -> tuple[list[dict], list[dict]]:
+    """Truth and prediction of a picture, with the labels that are to be compared. Raises ValueError for others."""
+    if policy not in POLICIES:
+        raise ValueError(f"Unknown policy {policy!r}: use one of {', '.join(POLICIES)}.")
+    truth, prediction = record["truth"], record["prediction"]
+    if policy == "table-only":
+        truth = [thing for thing in truth if normalize_label(thing["label"]) == TABLE]
+    if policy == "multi-class":
+        return tuple(
+            [thing | {"label": normalize_label(thing["label"])} for thing in side] for side in (truth, prediction)
+        )
+    return tuple([thing | {"label": TABLE} for thing in side] for side in (truth, prediction))
+
+
+def compute_ious(truth: Sequence[dict], prediction: Sequence[dict]) -> np.ndarray:
+    """IoU of every true with every predicted `{"label", "box"}`, (true, predicted); 0 where the labels differ."""
+    boxes = [torch.tensor([thing["box"] for thing in side], dtype=torch.float64) for side in (truth, prediction)]
+    ious = box_iou(boxes[0].reshape(-1, 4), boxes[1].reshape(-1, 4)).numpy()
+    same = [[t["label"] == p["label"] for p in prediction] for t in truth]
+    return ious * np.array(same, dtype=bool).reshape(ious.shape)
+
+
+def assign_boxes(ious: np.ndarray, threshold: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Pair rows with columns of an IoU matrix one to one; returns their indices.
+
+    First there are as many pairs with an IoU of at least `threshold` as possible, then the sum of IoU is largest
+    (Kuhn, "The Hungarian method for the assignment problem", 1955). Pairs may have an IoU of 0.
+    """
+    tie_breaker = ious / (min(ious.shape) + 1)  # sums to less than one more pair would add
+    return linear_sum_assignment((ious >= threshold) + tie_breaker, maximize=True)
+
+
 def match_boxes(truth: Sequence[Sequence[float]], prediction: Sequence[Sequence[float]]) -> list[float]:
     """IoU of every true box with the predicted box assigned to it, one to one; 0 where none was left.
 
-    Boxes are `[x1, y1, x2, y2]` in any common unit. The assignment maximises the sum of IoU
-    (Kuhn, "The Hungarian method for the assignment problem", 1955).
+    Boxes are `[x1, y1, x2, y2]` in any common unit; labels are left out of account.
     """
-    overlaps = [0.0] * len(truth)
-    if len(prediction):
-        ious = box_iou(torch.tensor(truth, dtype=torch.float64), torch.tensor(prediction, dtype=torch.float64)).numpy()
-        for true_index, predicted_index in zip(*linear_sum_assignment(ious, maximize=True), strict=True):
-            overlaps[true_index] = float(ious[true_index, predicted_index])
-    return overlaps
+    ious = compute_ious(*([{"label": "", "box": box} for box in side] for side in (truth, prediction)))
+    return claimed_ious(ious).tolist()
 
 
-def summarize(records: Sequence[dict]) -> dict[str, float]:
-    """Metrics over the records of `evaluate_model`, one record per picture. Raises ValueError when there is none."""
+def claimed_ious(ious: np.ndarray) -> np.ndarray:
+    """Of an IoU matrix (true, predicted): what each true box gets in the assignment with the largest sum."""
+    claimed = np.zeros(len(ious))
+    pairs = assign_boxes(ious)
+    claimed[pairs[0]] = ious[pairs]
+    return claimed
+
+
+# %% [markdown]
+# Nearly every figure is a ratio of two sums over pictures. So each picture is boiled down to a row of counts first;
+# then a figure, and its value on any resample of the pictures, is a weighted sum over these rows.
+
+
+# %%
+#| export metrics
+RATIOS = {  # figure: numerator, denominator; columns of `score_pictures`
+    "mean_iou": ("iou", "with_truth"),
+    "detection_rate": ("detected", "pictures"),
+    "iou_gt_0.5": ("iou_gt_0.5", "with_truth"),
+    "iou_gt_0.7": ("iou_gt_0.7", "with_truth"),
+    "mean_best_iou": ("best_iou", "truths"),
+    "precision": ("hits", "predictions"),
+    "recall": ("hits", "truths"),
+    "f1": ("twice_hits", "boxes"),  # 2 TP / (2 TP + FP + FN), the harmonic mean of the two
+    "malformed_rate": ("malformed", "pictures"),
+}
+
+
+def score_picture(record: dict, threshold: float, policy: str) -> dict[str, float]:
+    """One record of `evaluate_model` as the counts and sums that the figures are made of."""
+    truth, prediction = apply_policy(record, policy)
+    ious = compute_ious(truth, prediction)
+    iou = claimed_ious(ious).mean() if truth else 0.0
+    hits = (ious[assign_boxes(ious, threshold)] >= threshold).sum()
+    return {
+        "pictures": 1,
+        "with_truth": len(truth) > 0,
+        "iou": iou,
+        "iou_gt_0.5": iou > 0.5,
+        "iou_gt_0.7": iou > 0.7,
+        "best_iou": ious.max(axis=1, initial=0).sum(),
+        "truths": len(truth),
+        "predictions": len(prediction),
+        "boxes": len(truth) + len(prediction),
+        "hits": hits,
+        "twice_hits": 2 * hits,
+        "detected": len(prediction) > 0,
+        "malformed": len(record.get("unread", [])) > 0,
+    }
+
+
+def score_pictures(records: Sequence[dict], threshold: float, policy: str) -> pd.DataFrame:
+    """`score_picture` for every record, one row each. Raises ValueError when there is none."""
     if not records:
         raise ValueError("No picture was evaluated: EVAL_SAMPLES must be at least 1.")
-    ious = np.array([record["iou"] for record in records])
-    return {
-        "mean_iou": float(ious.mean()),
-        "median_iou": float(np.median(ious)),
-        "detection_rate": float(np.mean([len(record["prediction"]) > 0 for record in records])),
-        "iou_gt_0.5": float((ious > 0.5).mean()),
-        "iou_gt_0.7": float((ious > 0.7).mean()),
-        "n": len(records),
+    return pd.DataFrame([score_picture(record, threshold, policy) for record in records], dtype=float)
+
+
+def compute_figures(scores: pd.DataFrame, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Figures of weighted pictures: `weights` is (resamples, pictures), every figure (resamples,).
+
+    What is not defined is NaN, such as a mean over true boxes where there are none; precision without any predicted
+    box is 0, as in scikit-learn.
+    """
+    sums = dict(zip(scores.columns, (weights @ scores.to_numpy()).T, strict=True))
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        figures = {name: sums[part] / sums[whole] for name, (part, whole) in RATIOS.items()}
+    figures["precision"] = np.nan_to_num(figures["precision"])
+    median = weighted_median(scores["iou"].to_numpy(), weights * scores["with_truth"].to_numpy())
+    return {"mean_iou": figures.pop("mean_iou"), "median_iou": median, **figures}
+
+
+def weighted_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Median of (n,) values that are repeated `weights` times, whole numbers (resamples, n); NaN without weight."""
+    order = np.argsort(values)
+    reached = np.cumsum(weights[:, order], axis=1)
+    total = reached[:, -1:]
+    lower, upper = (np.argmax(reached > (total - odd) // 2, axis=1) for odd in (1, 0))
+    return np.where(total[:, 0] > 0, (values[order][lower] + values[order][upper]) / 2, np.nan)
+
+
+def summarize(records: Sequence[dict], threshold: float = 0.5, policy: str = "merge") -> dict[str, float | None]:
+    """Every figure over the records of `evaluate_model`; None where it is not defined.
+
+    `threshold` is the IoU from which on a pair of boxes counts as a hit, in precision, recall and F1. Raises
+    ValueError when there is no record or the policy is unknown.
+    """
+    figures = compute_figures(score_pictures(records, threshold, policy), np.ones((1, len(records))))
+    values = {name: none_if_nan(value[0]) for name, value in figures.items()}
+    return values | compute_map(records, policy) | {"n": len(records)}
+
+
+def none_if_nan(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else float(value)
+
+
+# %% [markdown]
+# COCO's average precision ranks all predicted boxes by score, which a model that writes text does not give: without a
+# `score` every box counts as equally sure (1.0) and the order of the pictures decides the ranking, so the figure says
+# less than for other detectors.
+
+
+# %%
+#| export metrics
+def to_coco(records: Sequence[dict], policy: str) -> tuple[dict, list[dict]]:
+    """Records as a data set and a list of results in COCO's format, boxes `[x, y, width, height]` in pixels."""
+    sides = [apply_policy(record, policy) for record in records]
+    labels = sorted({thing["label"] for pair in sides for side in pair for thing in side})
+    truth, found = [], []
+    for number, pair in enumerate(sides, start=1):
+        for things, target in zip(pair, (truth, found), strict=True):
+            for thing in things:
+                x1, y1, x2, y2 = thing["box"]
+                size = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
+                place = {"id": len(target) + 1, "image_id": number, "category_id": labels.index(thing["label"]) + 1}
+                target.append(place | size | {"iscrowd": 0, "score": thing.get("score", 1.0)})
+    dataset = {
+        "images": [{"id": number} for number in range(1, len(sides) + 1)],
+        "categories": [{"id": number, "name": label} for number, label in enumerate(labels, start=1)],
+        "annotations": truth,
     }
+    return dataset, found
+
+
+def compute_map(records: Sequence[dict], policy: str = "merge") -> dict[str, float | None]:
+    """COCO's average precision: `mAP` over IoU thresholds .50, .55 ... .95, `mAP50`, `mAP75`; None without true boxes.
+
+    The mean is over labels that occur in the truth; at most 100 boxes of a picture and label count
+    (cocodataset.org/#detection-eval).
+    """
+    dataset, found = to_coco(records, policy)
+    if not dataset["annotations"]:
+        return dict.fromkeys(["mAP", "mAP50", "mAP75"])
+    truth = COCO(dataset)
+    evaluation = COCOeval_faster(truth, truth.loadRes(found), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # 10 thresholds, 101 recalls, labels; boxes of all sizes
+    precision = precision[:, :, (precision > -1).all(axis=(0, 1))]  # -1: a label without true boxes
+    return {"mAP": float(precision.mean()), "mAP50": float(precision[0].mean()), "mAP75": float(precision[5].mean())}
+
+
+def summarize_labels(records: Sequence[dict], threshold: float = 0.5) -> dict[str, dict[str, float | None]]:
+    """The figures for every label of the truth, as if it were the only one; labels must agree.
+
+    Rates over pictures are left out: whether a picture was answered at all is not a matter of one label.
+    """
+    labels = sorted({normalize_label(thing["label"]) for record in records for thing in record["truth"]})
+    figures = {}
+    for label in labels:
+        alone = [
+            {side: [thing for thing in record[side] if normalize_label(thing["label"]) == label]
+             for side in ("truth", "prediction")} for record in records]  # fmt: skip
+        values = summarize(alone, threshold)
+        figures[label] = {name: values[name] for name in values if name not in ("detection_rate", "malformed_rate")}
+        figures[label]["n"] = sum(len(record["truth"]) > 0 for record in alone)
+    return figures
+
+
+# %% [markdown]
+# **Noise.** With a hundred pictures, a difference of two hundredths is often chance: other pictures from the same
+# source would have given other figures. The bootstrap imitates this. It draws as many pictures as there are, with
+# replacement, 2,000 times; the middle 95 % of the figures are the interval. Pictures of the same product (the same
+# `group`, here the barcode) are not independent, so whole groups are drawn.
+#
+# Two models are compared on the *same* draws. What is hard in a draw is hard for both, so the interval of their
+# difference is much narrower than the two intervals suggest. Only if it excludes 0 is one called better. Average
+# precision has no interval: it takes too long to compute 2,000 times.
+
+
+# %%
+#| export metrics
+LOWER_IS_BETTER = ("malformed_rate",)
+
+
+def resample_weights(records: Sequence[dict], resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """How often each picture is in each bootstrap resample, (resamples, pictures).
+
+    Groups are drawn (records with the same `group`; a picture without one is its own), with replacement.
+    """
+    keys = [
+        ("picture", n) if record.get("group") is None else ("group", record["group"])
+        for n, record in enumerate(records)
+    ]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    drawn = np.random.default_rng(seed).multinomial(len(numbers), np.full(len(numbers), 1 / len(numbers)), resamples)
+    return drawn[:, [numbers[key] for key in keys]]
+
+
+def percentile_interval(values: np.ndarray) -> tuple[float, float] | None:
+    """The middle 95 % of bootstrap values; None where the figure is not defined."""
+    defined = values[~np.isnan(values)]
+    return tuple(map(float, np.quantile(defined, [0.025, 0.975]))) if len(defined) else None
+
+
+def bootstrap_intervals(
+    records: Sequence[dict], threshold: float = 0.5, policy: str = "merge", resamples: int = 2000, seed: int = 0
+) -> dict[str, tuple[float, float] | None]:
+    """95 % percentile intervals (Efron, 1979) of all figures of `summarize` but average precision."""
+    scores = score_pictures(records, threshold, policy)
+    figures = compute_figures(scores, resample_weights(records, resamples, seed))
+    return {name: percentile_interval(values) for name, values in figures.items()}
+
+
+def align_records(records: Sequence[dict], like: Sequence[dict]) -> list[dict]:
+    """`records` in the order of `like`, by `id`. Raises ValueError unless both hold the same pictures."""
+    by_id = {record["id"]: record for record in records}
+    wanted = [record["id"] for record in like]
+    if len(by_id) != len(records) or len(set(wanted)) != len(wanted) or set(by_id) != set(wanted):
+        raise ValueError(
+            f"Not the same pictures ({len(records)} and {len(like)} records, {len(set(by_id) & set(wanted))} ids in "
+            "common; no id may come twice): evaluate both models with the same EVAL_SPLIT, EVAL_SAMPLES and SEED."
+        )
+    return [by_id[id] for id in wanted]
+
+
+def compare_recipes(
+    records_a: Sequence[dict],
+    records_b: Sequence[dict],
+    metric: str = "mean_iou",
+    threshold: float = 0.5,
+    policy: str = "merge",
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, float | str | None]:
+    """Paired bootstrap of `metric` (a figure of `bootstrap_intervals`) of a minus b, on the same pictures.
+
+    Gives difference, low and high (95 %), and a verdict: "a is better", "b is better", or "no difference" unless
+    the interval excludes 0. Raises ValueError if the pictures differ.
+    """
+    sides = [score_pictures(side, threshold, policy) for side in (records_a, align_records(records_b, records_a))]
+    weights = np.vstack([np.ones((1, len(records_a))), resample_weights(records_a, resamples, seed)])
+    difference = np.subtract(*(compute_figures(scores, weights)[metric] for scores in sides))
+    low, high = percentile_interval(difference[1:]) or (None, None)
+    return {
+        "difference": none_if_nan(difference[0]),
+        "low": low,
+        "high": high,
+        "verdict": {1: "a is better", -1: "b is better", 0: "no difference"}[better_side(difference[1:], metric)],
+    }
+
+
+def better_side(differences: np.ndarray, metric: str) -> int:
+    """1 where bootstrap differences a - b say that a is better, -1 for b, 0 where their interval holds 0."""
+    low, high = percentile_interval(differences) or (0, 0)
+    sign = int(low > 0) - int(high < 0)
+    return -sign if metric in LOWER_IS_BETTER else sign
+
+
+def compare_table(
+    records_by_name: dict[str, Sequence[dict]], threshold: float = 0.5, policy: str = "merge", seed: int = 0
+) -> pd.DataFrame:
+    """All figures of several models on the same pictures as text, `0.729 [0.68, 0.78]`, one row per model.
+
+    "best" is added where the paired bootstrap finds a model better than each of the others; it is not corrected for
+    the number of comparisons. Raises ValueError if the pictures differ.
+    """
+    first = next(iter(records_by_name.values()))
+    aligned = {name: align_records(records, first) for name, records in records_by_name.items()}
+    weights = resample_weights(first, seed=seed)
+    draws = {name: compute_figures(score_pictures(side, threshold, policy), weights) for name, side in aligned.items()}
+    rows = {}
+    for name, side in aligned.items():
+        others = [draws[other] for other in draws if other != name]
+        rows[name] = {
+            figure: describe_figure(value, figure, draws[name], others)
+            for figure, value in summarize(side, threshold, policy).items()
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def describe_figure(value: float | None, figure: str, draws: dict, others: Sequence[dict]) -> str:
+    """A figure, its interval if it was bootstrapped, and "best" if it is better than that of all others."""
+    if value is None or figure == "n":
+        return "n/a" if value is None else str(value)
+    if figure not in draws:
+        return f"{value:.3f}"
+    low, high = percentile_interval(draws[figure])
+    best = others and all(better_side(draws[figure] - other[figure], figure) == 1 for other in others)
+    return f"{value:.3f} [{low:.2f}, {high:.2f}]" + (" best" if best else "")
+
+
+# %% [markdown]
+# A figure says how often a model fails, not how. Every predicted box is put into one of four drawers, after
+# [TIDE](https://arxiv.org/abs/2008.08115): *correct*; *shifted*, an IoU from 0.1 up to the threshold; *duplicate*, on
+# a table that another box has already hit; *background*, an IoU under 0.1. Tables with no correct or shifted box are
+# *missed*; *malformed* counts the pieces of text that could not be read.
+
+
+# %%
+#| export metrics
+ERROR_KINDS = ("correct", "shifted", "duplicate", "background", "missed", "malformed")
+SHIFTED_IOU = 0.1  # a box with less overlap is not about that object; TIDE's value
+
+
+def count_picture_errors(record: dict, threshold: float = 0.5, policy: str = "merge") -> dict[str, int]:
+    """The predicted boxes, missed true boxes and unread pieces of one picture, counted by ERROR_KINDS.
+
+    With the policy `multi-class` a box with the wrong label is background.
+    """
+    truth, prediction = apply_policy(record, policy)
+    ious = compute_ious(truth, prediction)
+    rows, columns = assign_boxes(ious, threshold)
+    hit = ious[rows, columns] >= threshold
+    rest = np.delete(ious, columns[hit], axis=1)
+    best = rest.max(axis=0, initial=0)
+    shifted = (best >= SHIFTED_IOU) & (best < threshold)
+    reached = {*rows[hit], *rest[:, shifted].argmax(axis=0)} if truth else set()
+    return {
+        "correct": int(hit.sum()),
+        "shifted": int(shifted.sum()),
+        "duplicate": int((best >= threshold).sum()),
+        "background": int((best < min(SHIFTED_IOU, threshold)).sum()),
+        "missed": len(truth) - len(reached),
+        "malformed": len(record.get("unread", [])),
+    }
+
+
+def count_errors(records: Iterable[dict], threshold: float = 0.5, policy: str = "merge") -> dict[str, int]:
+    """Sums of `count_picture_errors` over records."""
+    counts = [count_picture_errors(record, threshold, policy) for record in records]
+    return {kind: sum(count[kind] for count in counts) for kind in ERROR_KINDS}
+
+
+# %% [markdown]
+# Now the loop over the pictures. What it keeps of each is enough to compute everything above again.
 
 
 # %%
@@ -1309,32 +1795,74 @@ def evaluate_model(
     batch_size: int,
     max_new_tokens: int,
 ) -> list[dict]:
-    """Ask the model about every row. One record per picture: id, size, truth, prediction (pixels), raw text, IoU."""
+    """Ask the model about every row. One record per picture: see `to_record`.
+
+    `group` is added where rows have `meta.barcode`. Raises ValueError for a model of an unknown family.
+    """
     model.eval()
+    family, budget = model.config.model_type, pixel_budget(processor)
     records = []
     with tqdm(total=len(rows), desc="evaluating", unit="picture", mininterval=1) as progress:
         for start in range(0, len(rows), batch_size):
             batch = rows.select(range(start, min(start + batch_size, len(rows))))
             examples = [read_row(row) for row in batch]
             answers = generate_answers(model, processor, [e[0] for e in examples], prompt, max_new_tokens)
-            records += [to_record(*args) for args in zip(batch["image_id"], examples, answers, strict=True)]
+            for image_id, example, answer in zip(batch["image_id"], examples, answers, strict=True):
+                resized = resized_size(*example[0].size, **budget)
+                records.append(to_record(image_id, example, answer, family, resized))
             progress.update(len(batch))
+    if "meta" in rows.column_names:
+        records = [record | {"group": meta["barcode"]} for record, meta in zip(records, rows["meta"], strict=True)]
     return records
 
 
-def to_record(image_id: str, example: tuple[Image.Image, list, list[str]], answer: str) -> dict:
-    """What is kept of one picture, boxes `[x1, y1, x2, y2]` in pixels of the upright picture."""
+def pixel_budget(processor: Qwen2VLProcessor) -> dict[str, int]:
+    """The processor's settings as arguments of `resized_size`."""
+    settings = processor.image_processor
+    return {
+        "factor": settings.patch_size * settings.merge_size,
+        "min_pixels": settings.size["shortest_edge"],
+        "max_pixels": settings.size["longest_edge"],
+    }
+
+
+def to_record(
+    image_id: str,
+    example: tuple[Image.Image, list, list[str]],
+    answer: str,
+    family: str,
+    resized: tuple[int, int],
+) -> dict:
+    """What is kept of one picture, boxes `[x1, y1, x2, y2]` in pixels of the upright picture.
+
+    id, width, height, resized (the size that the model saw), truth, prediction (label and box each), raw (the answer),
+    unread (what of it could not be read), iou (mean over true boxes, one to one; None where there are none).
+    """
     image, boxes, labels = example
-    objects = [(label, from_grid(box, *image.size)) for label, box in parse_answer(answer)]
+    found = read_answer(answer, *image.size, family, resized)
+    overlaps = match_boxes(boxes, [thing["box"] for thing in found["prediction"]])
     return {
         "id": image_id,
         "width": image.width,
         "height": image.height,
+        "resized": list(resized),
         "truth": [{"label": label, "box": box} for label, box in zip(labels, boxes, strict=True)],
-        "prediction": [{"label": label, "box": box} for label, box in objects],
         "raw": answer,
-        "iou": float(np.mean(match_boxes(boxes, [box for _, box in objects]))),
-    }
+        "iou": float(np.mean(overlaps)) if overlaps else None,
+    } | found
+
+
+def read_answer(answer: str, width: int, height: int, family: str, resized: tuple[int, int] | None) -> dict[str, list]:
+    """`prediction` (label and pixel box each) and `unread` of an answer; a box outside the picture is unread."""
+    parsed = parse_answer(answer)
+    prediction, unread = [], [*parsed.unread]
+    for label, written in parsed.objects:
+        box = from_model_coordinates(written, width, height, family, resized)
+        if has_area(box):
+            prediction.append({"label": label, "box": box})
+        else:
+            unread.append(f"{label}{written}")
+    return {"prediction": prediction, "unread": unread}
 
 
 # %% [markdown]
@@ -1344,7 +1872,7 @@ def to_record(image_id: str, example: tuple[Image.Image, list, list[str]], answe
 
 # %%
 #| export evaluation
-def save_results(folder: Path, records: Sequence[dict]) -> dict[str, float]:
+def save_results(folder: Path, records: Sequence[dict]) -> dict[str, float | None]:
     """Write `predictions.jsonl` and `metrics.json` into `folder`; returns the metrics."""
     metrics = summarize(records)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1353,7 +1881,7 @@ def save_results(folder: Path, records: Sequence[dict]) -> dict[str, float]:
     return metrics
 
 
-def save_comparison(output_dir: Path) -> dict[str, dict[str, float]]:
+def save_comparison(output_dir: Path) -> dict[str, dict[str, float | None]]:
     """Gather every `metrics.json` below `output_dir` into its `comparison.json`: `base` first, then by name."""
     files = sorted(output_dir.glob("*/metrics.json"), key=lambda file: (file.parent.name != "base", file.parent.name))
     comparison = {file.parent.name: json.loads(file.read_text()) for file in files}
@@ -1369,8 +1897,124 @@ def write_text(file: Path, text: str) -> None:
 
 
 # %% [markdown]
+# The same measure for answers from elsewhere, such as another model's or another program's: as a command, `python -m
+# helpers.evaluation --predictions FILE.jsonl`. Lines hold the picture's size, the raw answer and the truth;
+# `predictions.jsonl` is such a file. The notebook itself does not call it.
+
+
+# %%
+#| export evaluation
+LINE_FORMAT = (
+    'a line is {"id": ..., "width": pixels, "height": pixels, "raw": "the answer", '
+    '"truth": [{"label": ..., "box": [x1, y1, x2, y2] in pixels}, ...]}, with an empty list where there is nothing'
+)
+
+
+def read_predictions(path: Path, family: str) -> list[dict]:
+    """The records of a JSON Lines file, their answers parsed anew. Blank lines are skipped.
+
+    Raises OSError for a file that cannot be read, ValueError (naming the line) for one that holds something else.
+    """
+    lines = path.read_bytes().splitlines()
+    records = [read_line(line, f"{path}, line {n}", family) for n, line in enumerate(lines, start=1) if line.strip()]
+    if not records:
+        raise ValueError(f"{path} is empty: write one line per picture; {LINE_FORMAT}.")
+    return records
+
+
+def read_line(text: bytes, place: str, family: str) -> dict:
+    """One line as a record; `place` is for the message. Raises ValueError."""
+    try:
+        line = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place} is not JSON: {LINE_FORMAT}.") from error
+    if problem := describe_line_problem(line):
+        raise ValueError(f"{place}: {problem}; {LINE_FORMAT}.")
+    resized = tuple(line["resized"]) if "resized" in line else None
+    return line | read_answer(line["raw"], line["width"], line["height"], family, resized)
+
+
+def describe_line_problem(line: object) -> str | None:
+    """What is wrong with a line of predictions, or None."""
+    if not isinstance(line, dict):
+        return "not a JSON object"
+    missing = [name for name in ("id", "width", "height", "raw", "truth") if name not in line]
+    if missing:
+        return f"no field {', '.join(missing)}"
+    if not is_size([line["width"], line["height"]]) or not is_size(line.get("resized", [1, 1])):
+        return "width, height (and resized, where given) must be whole numbers of pixels, at least 1"
+    if not isinstance(line["raw"], str):
+        return "raw must be a text"
+    if not isinstance(line["truth"], list) or not all(map(is_labelled_box, line["truth"])):
+        return "truth must be a list of labelled boxes with x1 < x2 and y1 < y2"
+    return None
+
+
+def is_size(value: object) -> bool:
+    """Whether a JSON value is `[width, height]`."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, int) and v >= 1 for v in value)
+
+
+def is_labelled_box(value: object) -> bool:
+    """Whether a JSON value is `{"label": text, "box": [x1, y1, x2, y2]}` with an area."""
+    if not isinstance(value, dict) or not isinstance(value.get("label"), str):
+        return False
+    box = value.get("box")
+    is_box = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
+    return is_box and has_area(box)
+
+
+def build_report(records: Sequence[dict], threshold: float, policy: str) -> dict:
+    """All figures, their intervals, errors by kind, and figures by label where labels count and there are several."""
+    labels = summarize_labels(records, threshold) if policy == "multi-class" else {}
+    return summarize(records, threshold, policy) | {
+        "iou_threshold": threshold,
+        "policy": policy,
+        "intervals": bootstrap_intervals(records, threshold, policy),
+        "errors": count_errors(records, threshold, policy),
+        "labels": labels if len(labels) > 1 else {},
+    }
+
+
+def print_report(report: dict) -> None:
+    """A report as tables for people."""
+    for name in [*report["intervals"], "mAP", "mAP50", "mAP75"]:
+        value, interval = report[name], report["intervals"].get(name)
+        shown = "n/a" if value is None else f"{value:.3f}"
+        print(f"{name:<16}{shown:>7}" + (f"  [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""))
+    print(f"{report['n']} pictures; hits from IoU {report['iou_threshold']} on; labels: {report['policy']}")
+    print("boxes: " + ", ".join(f"{count} {kind}" for kind, count in report["errors"].items()))
+    if report["labels"]:
+        print(pd.DataFrame(report["labels"]).T.to_string(float_format="{:.3f}".format))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure a file of answers: `python -m helpers.evaluation --predictions FILE.jsonl`. Exit code 2 on bad input."""
+    parser = argparse.ArgumentParser(description="Measure predicted boxes against true ones.", epilog=LINE_FORMAT)
+    parser.add_argument("--predictions", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument("--iou", type=float, default=0.5, help="IoU from which on a pair of boxes is a hit")
+    parser.add_argument("--policy", choices=POLICIES, default="merge", help="which labels count, and whether they do")
+    parser.add_argument("--family", choices=[*GRID_FAMILIES, *PIXEL_FAMILIES], default="qwen2_vl")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    options = parser.parse_args(arguments)
+    if not 0 < options.iou <= 1:
+        parser.error(f"--iou {options.iou} is not an IoU: give a number above 0, up to 1")
+    try:
+        records = read_predictions(options.predictions, options.family)
+    except OSError as error:
+        parser.error(f"{options.predictions} cannot be read ({error.strerror}): give --predictions an existing file")
+    except ValueError as error:
+        parser.error(str(error))
+    report = build_report(records, options.iou, options.policy)
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_report(report)
+
+
+# %% [markdown]
 # First the base model, as loaded above: in 4 bits, like the models that are trained from it, so that the difference
-# in the table is due to training alone.
+# in the table is due to training alone. In brackets, the interval of 95 %.
 #
 # A zero-shot baseline measures the prompt as much as the model. Three wordings make it fair: the plain request, the
 # one that states the format (it is what the fine-tuned models are trained with), and the request for all objects.
@@ -1388,17 +2032,20 @@ base_records = {
 save_results(output_dir / "base", base_records["with the format"])
 del model
 release_memory()
-pd.DataFrame({kind: summarize(some) for kind, some in base_records.items()}).T.style.format("{:.3f}")
+compare_table(base_records).T
+
+# %%
+pd.DataFrame({kind: count_errors(some) for kind, some in base_records.items()}).T
 
 # %%
 for kind, some in base_records.items():
     print(f"{kind}: {prompts[kind]}\n    -> {some[0]['raw']}")
 
 # %% [markdown]
-# What does quantisation cost before any training? Three ways to load the same model, asked the same two questions about
-# the pictures that were held back. The IoU with the truth says little where the base model does not know the object, so
-# the last column compares each model's answers about all objects with those of the model that is not quantised: 1 means
-# that every box is the same.
+# What does quantisation cost before any training? Three ways to load the same model, asked the same two questions
+# about the pictures that were held back. The IoU with the truth says little where the base model does not know the
+# object, so the last column compares each model's answers about all objects with those of the model that is not
+# quantised: 1 means that every box is the same.
 
 
 # %%
@@ -1445,15 +2092,15 @@ pd.DataFrame(ablation).T.style.format({"megabytes": "{:,.1f}", None: "{:.3f}"}).
 # - trainable weights are cast to float32 after the trainer is built. TRL stores them in bfloat16, where a step of the
 #   size of a usual learning rate is mostly rounded away. The forward pass still runs in 16 bits where there is a GPU.
 # - the number of trainable parameters is asserted, and so is that they are where the recipe wants them.
-# - several visible GPUs hold one model, layer by layer, or belong to the processes of `torchrun`. `DataParallel`, which
-#   the Trainer would otherwise wrap around the model by itself, breaks both, so it is switched off by its own number of
-#   GPUs.
-# - bitsandbytes repacks 4-bit weights for speed at the first evaluation on some CPUs and cannot train them afterwards;
-#   while training this is switched off.
+# - several visible GPUs hold one model, layer by layer, or belong to the processes of `torchrun`. `DataParallel`,
+#   which the Trainer would otherwise wrap around the model by itself, breaks both, so it is switched off by its own
+#   number of GPUs.
+# - bitsandbytes repacks 4-bit weights for speed at the first evaluation on some CPUs and cannot train them
+#   afterwards; while training this is switched off.
 #
-# Checkpoints are written on the way, each with the IoU on the pictures held back, and the best one is kept. When a run
-# was interrupted, running it again goes on from the last checkpoint; when it has ended they are deleted, because the
-# result holds what matters.
+# Checkpoints are written on the way, each with the IoU on the pictures held back, and the best one is kept. When a
+# run was interrupted, running it again goes on from the last checkpoint; when it has ended they are deleted, because
+# the result holds what matters.
 
 
 # %%
@@ -1515,9 +2162,10 @@ def create_training_config(
 
 
 # %% [markdown]
-# Three callbacks tell what happens during the training. The second one also stops a run whose adapters get no gradient,
-# which is how a wrong target, or a tower that was frozen by mistake, shows itself. What they report goes through the
-# trainer's own log, and so to TensorBoard (`tensorboard --logdir OUTPUT_DIR`) or whatever `REPORT_TO` names.
+# Three callbacks tell what happens during the training. The second one also stops a run whose adapters get no
+# gradient, which is how a wrong target, or a tower that was frozen by mistake, shows itself. What they report goes
+# through the trainer's own log, and so to TensorBoard (`tensorboard --logdir OUTPUT_DIR`) or whatever `REPORT_TO`
+# names.
 
 
 # %%
@@ -1575,8 +2223,8 @@ def gradient_norms(model: torch.nn.Module) -> dict[str, float]:
 
 
 # %% [markdown]
-# `build_trainer` puts a recipe on a loaded model. What `freeze` and `LoRA` are to do is decided by the recipe; whether
-# they did it is checked on the result.
+# `build_trainer` puts a recipe on a loaded model. What `freeze` and `LoRA` are to do is decided by the recipe;
+# whether they did it is checked on the result.
 
 
 # %%
@@ -1765,7 +2413,7 @@ def load_and_evaluate_demo(
     batch_size: int,
     max_new_tokens: int,
 ) -> dict[str, float] | None:
-    """Load what a recipe left in `folder`, evaluate it, write the results there; None, and a line, if nothing is there."""
+    """Evaluate what a recipe left in `folder` and write the results there; None, and a line, if nothing is there."""
     if not (folder / "recipe.json").exists():
         print(f"{folder.name}: skipped, {folder} holds no trained model")
         return None
@@ -1781,11 +2429,10 @@ def load_records(folder: Path) -> list[dict]:
 # %%
 #| export metrics
 def describe_difference(records: Sequence[dict], others: Sequence[dict]) -> str:
-    """How much better `others` are than `records` on the same pictures, in words."""
-    gain = np.array([b["iou"] - a["iou"] for a, b in zip(records, others, strict=True)])
-    error = 2 * gain.std() / len(gain) ** 0.5
-    verdict = "no difference seen, within the noise" if abs(gain.mean()) <= error else "a difference beyond the noise"
-    return f"{gain.mean():+.3f} ± {error:.3f} mean IoU: {verdict}"
+    """How much better `others` are than `records` on the same pictures, and whether that is more than noise."""
+    result = compare_recipes(others, records)
+    verdict = {"a is better": "better", "b is better": "worse"}.get(result["verdict"], "no difference seen")
+    return f"{result['difference']:+.3f} [{result['low']:+.3f}, {result['high']:+.3f}] mean IoU: {verdict}"
 
 
 # %%
@@ -1851,12 +2498,12 @@ if collator_metrics:
 # %% [markdown]
 # ## 12. The four recipes
 #
-# Each recipe starts from the base as published, in a function of its own, so that nothing of one can leak into the next.
-# The lines before and after show the memory that is held: on a GPU what its tensors take, on a CPU what the whole
-# process takes.
+# Each recipe starts from the base as published, in a function of its own, so that nothing of one can leak into the
+# next. The lines before and after show the memory that is held: on a GPU what its tensors take, on a CPU what the
+# whole process takes.
 #
-# The first stage of `r3-two-stage` is `r2-vision-only`, with the same data, steps and seed. Where r2 was trained in this
-# run, r3 starts from its weights; otherwise it trains them itself, into `r3-two-stage/stage1`.
+# The first stage of `r3-two-stage` is `r2-vision-only`, with the same data, steps and seed. Where r2 was trained in
+# this run, r3 starts from its weights; otherwise it trains them itself, into `r3-two-stage/stage1`.
 
 
 # %%
@@ -1900,8 +2547,8 @@ plt.show()
 
 
 # %% [markdown]
-# The norm of the gradient tells which part of the model is being moved. A tower that is trained and shows nothing here
-# would not be learning.
+# The norm of the gradient tells which part of the model is being moved. A tower that is trained and shows nothing
+# here would not be learning.
 
 
 # %%
@@ -1936,22 +2583,29 @@ for name in RECIPES:
     load_and_evaluate_demo(output_dir / name, processor, eval_rows, question, EVAL_BATCH_SIZE, MAX_NEW_TOKENS)
     release_memory()
 comparison = save_comparison(output_dir)
-table = pd.DataFrame.from_dict(comparison, orient="index")
-table.style.format("{:.3f}")
+records_by_name = {name: load_records(output_dir / name) for name in comparison}
+compare_table(records_by_name).T
+
+# %% [markdown]
+# In brackets the interval of 95 %; "best" stands only where the pictures in pairs support it against every other
+# model. How the boxes fail differs more than how often:
+
+# %%
+pd.DataFrame({name: count_errors(some) for name, some in records_by_name.items()}).T
 
 
 # %%
 #| export figures
 def plot_comparison(records_by_name: dict[str, Sequence[dict]]) -> plt.Figure:
-    """Mean IoU as bars with two standard errors, and the share of pictures with at least a given IoU as lines."""
+    """Mean IoU as bars with 95 % intervals, and the share of pictures with at least a given IoU as lines."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     for number, (name, records) in enumerate(records_by_name.items()):
         ious = np.sort([record["iou"] for record in records])[::-1]
-        error = 2 * ious.std() / len(ious) ** 0.5
-        left.bar(name, ious.mean(), yerr=error, capsize=4, color=f"C{number}")
-        left.text(number, 0.02, f"{ious.mean():.2f}", ha="center", color="white", fontweight="bold")
+        mean, (low, high) = ious.mean(), bootstrap_intervals(records)["mean_iou"]
+        left.bar(name, mean, yerr=[[max(0, mean - low)], [max(0, high - mean)]], capsize=4, color=f"C{number}")
+        left.text(number, 0.02, f"{mean:.2f}", ha="center", fontweight="bold")
         right.step(ious, np.arange(1, len(ious) + 1) / len(ious), label=name, where="post", color=f"C{number}")
-    left.set(ylabel="mean IoU, ± 2 standard errors", ylim=(0, 1), title="Mean IoU")
+    left.set(ylabel="mean IoU, interval of 95 %", ylim=(0, 1), title="Mean IoU")
     left.tick_params(axis="x", labelsize=8)
     right.set(xlabel="IoU", ylabel="share of pictures with at least this IoU", xlim=(0, 1), ylim=(0, 1.02))
     right.legend(frameon=False)
@@ -1973,7 +2627,6 @@ def plot_against(records: dict[str, Sequence[dict]], reference: str) -> plt.Figu
 
 
 # %%
-records_by_name = {name: load_records(output_dir / name) for name in comparison}
 plot_comparison(records_by_name)
 plt.show()
 
@@ -1987,8 +2640,8 @@ if len(trained) > 1:
     plt.show()
 
 # %% [markdown]
-# Numbers hide how a model fails. The upper row shows the four worst pictures of the best recipe, the lower row its four
-# best.
+# Numbers hide how a model fails. The upper row shows the four worst pictures of the best recipe, the lower row its
+# four best.
 
 # %%
 best = max(trained, key=lambda name: comparison[name]["mean_iou"])
@@ -2025,9 +2678,9 @@ for asked, (one, other) in questions_asked.items():
 # ## 14. Deployment
 #
 # An adapter needs its base and PEFT at run time. Merging adds its product to the weights of the base, and leaves an
-# ordinary checkpoint that every server reads. Three rules keep the merged model the model that was measured: merge into
-# the base in 16 bits, never into 4-bit weights, which would round the change away; save, and load what was saved; measure
-# again. The notebook stops here if the merged model is off by more than 0.01 mean IoU.
+# ordinary checkpoint that every server reads. Three rules keep the merged model the model that was measured: merge
+# into the base in 16 bits, never into 4-bit weights, which would round the change away; save, and load what was
+# saved; measure again. The notebook stops here if the merged model is off by more than 0.01 mean IoU.
 
 
 # %%
@@ -2078,7 +2731,8 @@ def detect(
     """The objects in one picture: `{"label", "box"}`, boxes `[x1, y1, x2, y2]` in pixels of the upright picture."""
     upright = ImageOps.exif_transpose(image).convert("RGB")
     answer = generate_answers(model, processor, [upright], prompt, max_new_tokens)[0]
-    return to_record("", (upright, [], []), answer)["prediction"]
+    resized = resized_size(*upright.size, **pixel_budget(processor))
+    return read_answer(answer, *upright.size, model.config.model_type, resized)["prediction"]
 
 
 # %%
@@ -2143,7 +2797,7 @@ def write_model_card(
         system=SYSTEM_MESSAGE,
         prompt=prompt,
         max_pixels=max_pixels,
-        metrics="\n".join(f"| {name} | {value:.3f} |" for name, value in metrics.items()),
+        metrics="\n".join(f"| {name} | {value:.3f} |" for name, value in metrics.items() if value is not None),
         n=metrics["n"],
     )
     ModelCard(text).save(folder / "README.md")
@@ -2167,6 +2821,6 @@ print((merged_dir / "README.md").read_text())
 # ```
 #
 # Three things have to travel with the request: the system message, the prompt, and upright pictures; and
-# `skip_special_tokens` has to be false if the labels are to keep their marks (the parser reads both). Measure once more
-# through the server, with the same pictures: `python -m helpers.evaluation --predictions FILE.jsonl` takes its raw
-# answers.
+# `skip_special_tokens` has to be false if the labels are to keep their marks (the parser reads both). Measure once
+# more through the server, with the same pictures: `python -m helpers.evaluation --predictions FILE.jsonl` takes its
+# raw answers.

@@ -7,8 +7,9 @@ from peft import PeftModel
 from PIL import Image, ImageOps
 from transformers import PreTrainedModel, Qwen2VLProcessor
 
+from helpers.boxes import resized_size
 from helpers.conversation import SYSTEM_MESSAGE
-from helpers.evaluation import generate_answers, to_record
+from helpers.evaluation import generate_answers, pixel_budget, read_answer
 from helpers.loading import load_trained_model
 from helpers.recipes import TrainingRecipe
 
@@ -28,7 +29,8 @@ def detect(
     """The objects in one picture: `{"label", "box"}`, boxes `[x1, y1, x2, y2]` in pixels of the upright picture."""
     upright = ImageOps.exif_transpose(image).convert("RGB")
     answer = generate_answers(model, processor, [upright], prompt, max_new_tokens)[0]
-    return to_record("", (upright, [], []), answer)["prediction"]
+    resized = resized_size(*upright.size, **pixel_budget(processor))
+    return read_answer(answer, *upright.size, model.config.model_type, resized)["prediction"]
 
 
 MODEL_CARD = """{metadata}
@@ -77,7 +79,7 @@ def write_model_card(
         system=SYSTEM_MESSAGE,
         prompt=prompt,
         max_pixels=max_pixels,
-        metrics="\n".join(f"| {name} | {value:.3f} |" for name, value in metrics.items()),
+        metrics="\n".join(f"| {name} | {value:.3f} |" for name, value in metrics.items() if value is not None),
         n=metrics["n"],
     )
     ModelCard(text).save(folder / "README.md")

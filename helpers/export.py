@@ -5,7 +5,8 @@
 
 A code cell of the script that opens with `#| export <module>` is printed into `helpers/<module>.py`, with the imports
 that it needs: the script's own and those of sibling modules. Such a cell may only define functions, classes and
-names, and may read nothing but imports and other exported names, so that exported code has no hidden inputs.
+names, and may read nothing but imports and other exported names, so that exported code has no hidden inputs. A module
+with a function `main` is printed as a command: it ends by calling it.
 """
 
 import argparse
@@ -28,6 +29,7 @@ PACKAGE = ROOT / "helpers"
 
 MARK = re.compile(r"#\| export ([a-z][a-z0-9_]*)\n")
 HEADER = '"""Printed from {script}: edit the script, then run `make sync`."""'
+RUN_AS_SCRIPT = 'if __name__ == "__main__":\n    main()\n'  # ends a module that defines `main`
 PRINTED = HEADER.partition("{")[0]  # how the first line of every printed module begins
 LARGEST_NOTEBOOK = 3_000_000  # bytes; code hosts stop showing notebooks that are much larger
 WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar that only lives beside its kernel
@@ -106,7 +108,8 @@ def printed_modules(script: Path) -> dict[str, str]:
     pages = {}
     for module, cells in modules.items():
         siblings = [f"from helpers.{other} import {', '.join(names[other])}" for other in modules if other != module]
-        text = "\n\n".join([HEADER.format(script=script.name), "\n".join(imports + siblings), *cells])
+        ending = [RUN_AS_SCRIPT] if "main" in names[module] else []
+        text = "\n\n".join([HEADER.format(script=script.name), "\n".join(imports + siblings), *cells, *ending])
         text = ruff(text, module, "check", "--fix-only", "--quiet", "--select", "F,I")  # drops the unused imports
         refuse_undefined_names(text, module)
         pages[module] = ruff(text, module, "format", "--quiet")

@@ -12,6 +12,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from helpers.metrics import (
+    bootstrap_intervals,
+)
+
 TRUTH_COLOUR = "#1a9850"
 PREDICTION_COLOUR = "#d73027"
 
@@ -145,15 +149,15 @@ def plot_gradient_norms(folders: Sequence[Path]) -> plt.Figure:
 
 
 def plot_comparison(records_by_name: dict[str, Sequence[dict]]) -> plt.Figure:
-    """Mean IoU as bars with two standard errors, and the share of pictures with at least a given IoU as lines."""
+    """Mean IoU as bars with 95 % intervals, and the share of pictures with at least a given IoU as lines."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     for number, (name, records) in enumerate(records_by_name.items()):
         ious = np.sort([record["iou"] for record in records])[::-1]
-        error = 2 * ious.std() / len(ious) ** 0.5
-        left.bar(name, ious.mean(), yerr=error, capsize=4, color=f"C{number}")
-        left.text(number, 0.02, f"{ious.mean():.2f}", ha="center", color="white", fontweight="bold")
+        mean, (low, high) = ious.mean(), bootstrap_intervals(records)["mean_iou"]
+        left.bar(name, mean, yerr=[[max(0, mean - low)], [max(0, high - mean)]], capsize=4, color=f"C{number}")
+        left.text(number, 0.02, f"{mean:.2f}", ha="center", fontweight="bold")
         right.step(ious, np.arange(1, len(ious) + 1) / len(ious), label=name, where="post", color=f"C{number}")
-    left.set(ylabel="mean IoU, ± 2 standard errors", ylim=(0, 1), title="Mean IoU")
+    left.set(ylabel="mean IoU, interval of 95 %", ylim=(0, 1), title="Mean IoU")
     left.tick_params(axis="x", labelsize=8)
     right.set(xlabel="IoU", ylabel="share of pictures with at least this IoU", xlim=(0, 1), ylim=(0, 1.02))
     right.legend(frameon=False)

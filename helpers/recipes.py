@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from helpers.collators import AllTokensCollator, AssistantOnlyCollator
-from helpers.evaluation import evaluate_model, summarize, write_text
+from helpers.evaluation import evaluate_model, write_text
 from helpers.loading import (
     area_of,
     best_dtype,
@@ -29,6 +29,7 @@ from helpers.loading import (
     release_memory,
     summarize_trainables_by_area,
 )
+from helpers.metrics import summarize
 
 LLM_LAYERS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 VISION_LAYERS = r".*visual\.blocks\.\d+\.(attn\.qkv|mlp\.fc[12])"

@@ -7,10 +7,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from helpers.tiny.packages import draw_dataset
 
 ROOT = Path(__file__).parents[1]
+
+# the same cases on every run, and no verdict on how long one takes: a busy machine is no defect
+settings.register_profile("project", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("project")
 
 
 @pytest.fixture(scope="session")

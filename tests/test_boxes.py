@@ -3,7 +3,16 @@
 import pytest
 from PIL import Image
 
-from helpers.boxes import flip_horizontally, from_grid, to_grid
+from helpers.boxes import (
+    GRID_FAMILIES,
+    PIXEL_FAMILIES,
+    flip_horizontally,
+    from_grid,
+    from_model_coordinates,
+    resized_size,
+    to_grid,
+    to_model_coordinates,
+)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +38,36 @@ def test_round_trip_within_half_a_grid_unit(size):
     back = from_grid(to_grid(box, *size), *size)
     errors = [abs(a - b) / s * 1000 for a, b, s in zip(box, back, size * 2, strict=True)]
     assert max(errors) <= 0.5
+
+
+def test_qwen2_5_vl_writes_pixels_of_the_resized_picture():
+    assert resized_size(300, 400) == (308, 392)  # the nearest multiples of 28
+    assert to_model_coordinates([150, 100, 300, 400], 300, 400, "qwen2_5_vl") == [154, 98, 308, 392]
+    assert to_model_coordinates([150, 100, 300, 400], 300, 400, "qwen2_5_vl", (28, 56)) == [14, 14, 28, 56]
+    assert to_model_coordinates([150, 100, 300, 400], 300, 400, "qwen3_vl") == [500, 250, 1000, 1000]
+
+
+def test_what_is_outside_is_clamped_to_the_picture():
+    assert from_model_coordinates([-5, 0, 1200, 500], 640, 480, "qwen2_vl") == [0, 0, 640, 240]
+    assert from_model_coordinates([-5, 0, 1200, 840], 3000, 3000, "qwen2_5_vl", (1680, 1680)) == pytest.approx(
+        [0, 0, 1200 / 1680 * 3000, 1500]  # 1200 is in the picture here
+    )
+
+
+@pytest.mark.parametrize("size", [(448, 336), (3024, 4032), (97, 1013)])
+@pytest.mark.parametrize("family", [*GRID_FAMILIES, *PIXEL_FAMILIES])
+def test_round_trip_within_half_a_cell_of_the_family(family, size):
+    box = [0.123 * size[0], 0.377 * size[1], 0.689 * size[0], 0.941 * size[1]]
+    back = from_model_coordinates(to_model_coordinates(box, *size, family), *size, family)
+    cells = (1000, 1000) if family in GRID_FAMILIES else resized_size(*size)
+    errors = [abs(a - b) / s * n for a, b, s, n in zip(box, back, size * 2, cells * 2, strict=True)]
+    assert max(errors) <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("convert", [to_model_coordinates, from_model_coordinates])
+def test_unknown_family_is_refused(convert):
+    with pytest.raises(ValueError, match=r"'idefics3' models .* use a model whose config\.model_type is one of"):
+        convert([0, 0, 1, 1], 10, 10, "idefics3")
 
 
 def test_flip_moves_boxes_with_the_picture():

@@ -60,6 +60,16 @@ def test_sibling_is_imported(package: Path):
     )
 
 
+def test_module_with_main_is_a_command(package: Path):
+    cells = (
+        "# %%\n#| export shapes\nSIDES = 4\n\n\ndef main():\n    print(SIDES)\n\n\n# %%\n#| export areas\nSIZE = 1\n"
+    )
+    export.write_modules(write_script(package, cells), package)
+    ending = '\n\ndef main():\n    print(SIDES)\n\n\nif __name__ == "__main__":\n    main()\n'
+    assert (package / "shapes.py").read_text().endswith(ending)
+    assert "__main__" not in (package / "areas.py").read_text()
+
+
 def test_second_printing_changes_nothing(package: Path, capsys: pytest.CaptureFixture):
     script = write_script(package, "# %%\n#| export shapes\nSIDES = 4\n")
     export.write_modules(script, package)

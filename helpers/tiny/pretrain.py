@@ -44,9 +44,11 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention, apply_rotary_pos_emb_vision
 
-from helpers.boxes import to_grid
+from helpers.boxes import from_grid, to_grid
 from helpers.conversation import PLAIN_PROMPT, PROMPT, format_answer, to_conversation
-from helpers.evaluation import generate_answers, match_boxes, parse_answer
+from helpers.evaluation import generate_answers
+from helpers.metrics import match_boxes
+from helpers.parsing import parse_answer
 from helpers.tiny.packages import LABELS, TABLE_LABEL, draw_package
 
 BASE = Path(__file__).parent / "base"
@@ -473,7 +475,7 @@ def score(model, processor, seeds: Sequence[int], batch_size: int = 64) -> dict[
 
 def found_boxes(answer: str, image: Image.Image) -> list[list[float]]:
     """Boxes of an answer in pixels."""
-    return [[v / 1000 * s for v, s in zip(box, image.size * 2, strict=True)] for _, box in parse_answer(answer)]
+    return [from_grid(box, *image.size) for _, box in parse_answer(answer).objects]
 
 
 def scores_table(scores: dict[str, dict[str, float]]) -> str:
