@@ -2245,8 +2245,7 @@ def build_trainer(
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
     if recipe.train_vision == "full":
-        # the Trainer reads its checkpoints back by the names in memory, which are not those that are saved by default
-        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        shrink_checkpoints(model)
     trainer = SFTTrainer(
         model=model,
         args=config,
@@ -2265,6 +2264,15 @@ def build_trainer(
             parameter.data = parameter.data.float()
     check_trainable_parameters(trainer.model, recipe)
     return trainer
+
+
+def shrink_checkpoints(model: PreTrainedModel) -> None:
+    """Save what is trained and nothing else, by its names in memory, by which the Trainer reads checkpoints back.
+
+    By default a checkpoint holds all weights under the names of the hub, of which the Trainer recognises none.
+    """
+    model._keys_to_ignore_on_save = {name for name, p in model.named_parameters() if not p.requires_grad}
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
 
 
 def check_trainable_parameters(model: torch.nn.Module, recipe: TrainingRecipe) -> None:
@@ -2326,7 +2334,8 @@ def save_trained(trainer: SFTTrainer, recipe: TrainingRecipe, started_from: str)
     folder = Path(trainer.args.output_dir)
     if recipe.train_vision == "full":
         trainer.model.to(best_dtype())  # trained in float32, used in what it was loaded in
-        del trainer.model.save_pretrained  # from here on with the names that everyone expects in files
+        del trainer.model.save_pretrained  # from here on all weights, by the names that everyone expects
+        trainer.model._keys_to_ignore_on_save = set()
     trainer.save_model()
     trainer.save_state()
     provenance = asdict(recipe) | {"started_from": started_from, "learning_rate": trainer.args.learning_rate}
@@ -2763,7 +2772,7 @@ and, after the picture, with the prompt
 > {prompt}
 
 It answers with boxes as `label(x1,y1),(x2,y2)` on a grid from 0 to 1000 in both directions. Pictures are turned
-upright (EXIF) and resized to at most {max_pixels:,} pixels, as `preprocessor` settings in this folder say.
+upright (EXIF) and resized to at most {max_pixels:,} pixels, as the processor in this folder does by itself.
 
 | metric | value |
 | --- | --- |
@@ -2785,7 +2794,13 @@ def write_model_card(
         tags=["object-detection", "trl"],
         model_name=folder.name,
         eval_results=[
-            EvalResult("object-detection", "object-detection", dataset, dataset, "mean_iou", metrics["mean_iou"])
+            EvalResult(
+                task_type="object-detection",
+                dataset_type=dataset,
+                dataset_name=dataset,
+                metric_type="mean_iou",
+                metric_value=round(metrics["mean_iou"], 3),
+            )
         ],
     )
     text = MODEL_CARD.format(

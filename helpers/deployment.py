@@ -45,7 +45,7 @@ and, after the picture, with the prompt
 > {prompt}
 
 It answers with boxes as `label(x1,y1),(x2,y2)` on a grid from 0 to 1000 in both directions. Pictures are turned
-upright (EXIF) and resized to at most {max_pixels:,} pixels, as `preprocessor` settings in this folder say.
+upright (EXIF) and resized to at most {max_pixels:,} pixels, as the processor in this folder does by itself.
 
 | metric | value |
 | --- | --- |
@@ -67,7 +67,13 @@ def write_model_card(
         tags=["object-detection", "trl"],
         model_name=folder.name,
         eval_results=[
-            EvalResult("object-detection", "object-detection", dataset, dataset, "mean_iou", metrics["mean_iou"])
+            EvalResult(
+                task_type="object-detection",
+                dataset_type=dataset,
+                dataset_name=dataset,
+                metric_type="mean_iou",
+                metric_value=round(metrics["mean_iou"], 3),
+            )
         ],
     )
     text = MODEL_CARD.format(

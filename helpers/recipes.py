@@ -266,8 +266,7 @@ def build_trainer(
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
     if recipe.train_vision == "full":
-        # the Trainer reads its checkpoints back by the names in memory, which are not those that are saved by default
-        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        shrink_checkpoints(model)
     trainer = SFTTrainer(
         model=model,
         args=config,
@@ -286,6 +285,15 @@ def build_trainer(
             parameter.data = parameter.data.float()
     check_trainable_parameters(trainer.model, recipe)
     return trainer
+
+
+def shrink_checkpoints(model: PreTrainedModel) -> None:
+    """Save what is trained and nothing else, by its names in memory, by which the Trainer reads checkpoints back.
+
+    By default a checkpoint holds all weights under the names of the hub, of which the Trainer recognises none.
+    """
+    model._keys_to_ignore_on_save = {name for name, p in model.named_parameters() if not p.requires_grad}
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
 
 
 def check_trainable_parameters(model: torch.nn.Module, recipe: TrainingRecipe) -> None:
@@ -339,7 +347,8 @@ def save_trained(trainer: SFTTrainer, recipe: TrainingRecipe, started_from: str)
     folder = Path(trainer.args.output_dir)
     if recipe.train_vision == "full":
         trainer.model.to(best_dtype())  # trained in float32, used in what it was loaded in
-        del trainer.model.save_pretrained  # from here on with the names that everyone expects in files
+        del trainer.model.save_pretrained  # from here on all weights, by the names that everyone expects
+        trainer.model._keys_to_ignore_on_save = set()
     trainer.save_model()
     trainer.save_state()
     provenance = asdict(recipe) | {"started_from": started_from, "learning_rate": trainer.args.learning_rate}

@@ -1,0 +1,162 @@
+"""Memory and speed of training and generation at full size, with random weights: no hub is needed.
+
+    python -m helpers.benchmark --processor FOLDER                # every recipe, then generation; a table each
+    python -m helpers.benchmark --processor FOLDER --only r1-llm-only --batch-size 1
+    python -m helpers.benchmark --processor FOLDER --build-only   # leaves a model and a dataset for the notebook
+
+FOLDER holds Qwen2-VL's own processor (any Qwen2-VL repository of the hub has it). Random weights take the same memory
+and time as trained ones; their answers are noise, so generation is made to write a fixed number of tokens. Pictures
+are 980 x 980, 1,225 image tokens each. Needs one GPU with 80 GB; `--size tiny` runs anywhere, to see that it works.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from PIL import Image
+from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers.trainer_utils import IntervalStrategy
+
+from helpers.collators import AssistantOnlyCollator
+from helpers.conversation import PROMPT
+from helpers.data import load_rows, read_row, to_training_dataset
+from helpers.evaluation import generate_answers
+from helpers.loading import best_dtype, load_model, load_processor, release_memory
+from helpers.recipes import RECIPES, build_trainer, create_training_config, load_model_for_recipe
+from helpers.tiny.packages import draw_dataset
+
+SIZES = {
+    "7b": {
+        "text": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+                 "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768},
+        "vision": {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4, "num_heads": 16},
+        "side": 980,
+        "trainable": {"r1-llm-only": 161_480_704, "r2-vision-only": 675_759_104, "r4-joint": 198_180_864},
+    },
+    "tiny": {
+        "text": {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
+                 "num_key_value_heads": 1, "vocab_size": 152064, "max_position_embeddings": 32768},
+        "vision": {"depth": 2, "embed_dim": 192, "hidden_size": 256, "mlp_ratio": 4, "num_heads": 3},
+        "side": 112,
+        "trainable": {},
+    },
+}  # fmt: skip
+QUESTION = PROMPT.format(label="nutrition table")
+
+
+def build_model(folder: Path, size: str, processor_id: str) -> None:
+    """Save a Qwen2-VL with random weights, and the processor, into `folder`."""
+    text = SIZES[size]["text"] | {
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+    }
+    tokens = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652}
+    config = Qwen2VLConfig(text_config=text, vision_config=SIZES[size]["vision"], tie_word_embeddings=False, **tokens)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen2VLForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    model.generation_config = GenerationConfig(eos_token_id=151645, pad_token_id=151643)
+    model.save_pretrained(folder)
+    Qwen2VLProcessor.from_pretrained(processor_id).save_pretrained(folder)
+
+
+def build_dataset(folder: Path, side: int) -> None:
+    """Draw 64 packages to train on and 64 to ask about, enlarged to `side` x `side` pixels."""
+    drawn = folder.with_name("drawn")
+    draw_dataset(drawn, train=64, validation=64)
+    for split in ("train", "val"):
+        rows = load_rows(str(drawn), split, None, 0)
+        large = rows.map(lambda row: {"image": row["image"].resize((side, side))}, desc="enlarging")
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        large.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+
+
+def measure_recipe(name: str, model_id: str, data: str, arguments: argparse.Namespace) -> dict:
+    """Train a recipe for a few steps: trainable parameters, peak memory (GiB), seconds a step after the first."""
+    recipe, processor = RECIPES[name], load_processor(model_id, 1280 * 28 * 28)
+    dataset = to_training_dataset(load_rows(data, "train", None, 0), QUESTION, 0.0)
+    config = create_training_config(
+        name, arguments.output / "runs", recipe.learning_rate, num_epochs=1, max_steps=arguments.steps,
+        batch_size=arguments.batch_size, gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        gradient_checkpointing=not arguments.no_gradient_checkpointing, seed=0, report_to="none",
+    )  # fmt: skip
+    config.eval_strategy = config.save_strategy = IntervalStrategy.NO
+    config.load_best_model_at_end, config.logging_steps = False, 1
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    model = load_model_for_recipe(model_id, recipe)
+    trainer = build_trainer(model, processor, recipe, dataset, dataset, config, AssistantOnlyCollator(processor))
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert trainable == SIZES[arguments.size]["trainable"].get(name, trainable), trainable
+    loaded, clock = torch.cuda.memory_allocated() / 2**30, time.perf_counter()
+    trainer.train()
+    return {
+        "recipe": name,
+        "batch": f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps}",
+        "gradient checkpointing": config.gradient_checkpointing,
+        "trainable": f"{trainable:,}",
+        "loaded GiB": round(loaded, 1),
+        "peak GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1),
+        "s a step": round((time.perf_counter() - clock) / arguments.steps, 1),
+    }
+
+
+def measure_generation(model_id: str, data: str, batch_sizes: list[int], tokens: int) -> pd.DataFrame:
+    """Pictures a second with each batch size, preprocessing included; every answer has `tokens` tokens."""
+    processor = load_processor(model_id, 1280 * 28 * 28)
+    model = load_model(model_id, quantized=False, dtype=best_dtype()).eval()
+    model.generation_config.min_new_tokens = tokens
+    images = [read_row(row)[0] for row in load_rows(data, "val", None, 0)]
+    lines = []
+    for batch_size in batch_sizes:
+        asked = images[: min(len(images), 8 * batch_size)]
+        for _ in range(2):  # the first round warms up
+            clock = time.perf_counter()
+            for start in range(0, len(asked), batch_size):
+                generate_answers(model, processor, asked[start : start + batch_size], QUESTION, tokens)
+            seconds = time.perf_counter() - clock
+        lines.append({"batch": batch_size, "pictures": len(asked), "pictures a second": len(asked) / seconds})
+    table = pd.DataFrame(lines)
+    return table.assign(speedup=table["pictures a second"] / table["pictures a second"][0]).round(2)
+
+
+def main() -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processor", required=True, help="folder or hub id of Qwen2-VL's processor")
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmark"))
+    parser.add_argument("--size", choices=SIZES, default="7b")
+    parser.add_argument("--only", nargs="+", default=["r1-llm-only", "r2-vision-only", "r4-joint", "generation"])
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--gradient-accumulation-steps", type=int, default=8)
+    parser.add_argument("--no-gradient-checkpointing", action="store_true")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32, 64], help="of the generation")
+    parser.add_argument("--build-only", action="store_true")
+    arguments = parser.parse_args()
+    model_id, data = arguments.output / "model", arguments.output / "dataset"
+    if not (model_id / "config.json").exists():
+        build_model(model_id, arguments.size, arguments.processor)
+        build_dataset(data, SIZES[arguments.size]["side"])
+        release_memory()
+    lines = []
+    for name in [] if arguments.build_only else arguments.only:
+        if name == "generation":
+            print(
+                measure_generation(str(model_id), str(data), arguments.batch_sizes, tokens=28).to_string(index=False)
+            )
+        else:
+            lines.append(measure_recipe(name, str(model_id), str(data), arguments))
+            print(pd.DataFrame(lines[-1:]).to_string(index=False), flush=True)
+        release_memory()
+    if lines:
+        print(pd.DataFrame(lines).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
