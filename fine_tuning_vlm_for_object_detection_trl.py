@@ -70,8 +70,9 @@ import shutil
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -99,6 +100,8 @@ from tqdm import tqdm
 from transformers import (
     AutoConfig,
     BitsAndBytesConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PrinterCallback,
     Qwen2VLForConditionalGeneration,
@@ -138,7 +141,7 @@ LEARNING_RATES = {}  # recipe -> peak learning rate, where it is not to be the r
 FLIP_PROBABILITY = (
     0.0  # mirror training pictures with their boxes; mirrored letters are a price worth paying on few data
 )
-EVAL_BATCH_SIZE = 16
+EVAL_BATCH_SIZE = None  # pictures asked about at once; None: what fits into the free memory
 MAX_NEW_TOKENS = 128  # one box takes 23 tokens
 SEED = 42
 REPORT_TO = "tensorboard"  # or "wandb", "trackio", "none"
@@ -512,14 +515,29 @@ plt.show()
 #| export data
 def describe_pictures(rows: Dataset) -> pd.DataFrame:
     """One line per picture: size when upright (pixels), EXIF orientation (1: stored upright), boxes, barcode."""
-    lines = []
-    for row in rows.remove_columns("objects").cast_column("image", ImageFeature(decode=False)):
-        image = open_encoded(row["image"])
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        width, height = image.size[::-1] if orientation >= 5 else image.size  # 5 to 8 lie on their side
-        lines.append({"image_id": row["image_id"], "width": width, "height": height, "orientation": orientation})
+    orientations = []
+    for encoded in undecoded(rows):
+        orientations.append(open_encoded(encoded).getexif().get(ExifTags.Base.Orientation, 1))
+    pictures = pd.DataFrame(upright_sizes(rows), columns=["width", "height"])
     boxes = [len(objects["bbox"]) for objects in rows["objects"]]
-    return pd.DataFrame(lines).assign(boxes=boxes, barcode=read_barcodes(rows))
+    return pictures.assign(
+        orientation=orientations, boxes=boxes, barcode=read_barcodes(rows), image_id=list(rows["image_id"])
+    )
+
+
+def undecoded(rows: Dataset) -> Iterator[dict]:
+    """The pictures of all rows as they are stored, `{"bytes", "path"}`."""
+    return (row["image"] for row in rows.select_columns("image").cast_column("image", ImageFeature(decode=False)))
+
+
+def upright_sizes(rows: Dataset) -> list[tuple[int, int]]:
+    """Width and height in pixels of every picture when it is upright; only headers are read."""
+    sizes = []
+    for encoded in undecoded(rows):
+        image = open_encoded(encoded)
+        lies = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 5 to 8 lie on their side
+        sizes.append(image.size[::-1] if lies else image.size)
+    return sizes
 
 
 def describe_boxes(rows: Dataset, pictures: pd.DataFrame) -> pd.DataFrame:
@@ -1228,8 +1246,8 @@ pd.concat({f"{best_dtype()}".removeprefix("torch."): plain_memory, "NF4": summar
 #
 # ## 8. Asking and reading the answer
 #
-# Answers are generated in batches, greedily. Three details decide whether they are right, and none of them raises an
-# error:
+# Answers are generated in batches, greedily. The probability of each token is kept: it will tell how sure the model
+# was of a box. Three details decide whether batched answers are right, and none of them raises an error:
 #
 # - The padding goes to the left, so that the last token of every row is the last token of its question; with padding
 #   on the right a decoder continues from padding.
@@ -1242,7 +1260,71 @@ pd.concat({f"{best_dtype()}".removeprefix("torch."): plain_memory, "NF4": summar
 
 # %%
 #| export evaluation
+def to_questions(images: Sequence[Image.Image], processor: Qwen2VLProcessor, prompt: str) -> dict[str, torch.Tensor]:
+    """One question per picture as processor tensors, padded on the left."""
+    text = processor.apply_chat_template(to_conversation(prompt), tokenize=False, add_generation_prompt=True)
+    return processor(
+        text=[text] * len(images),
+        images=[[image] for image in images],
+        padding=True,
+        padding_side="left",
+        pad_to_multiple_of=8,
+        return_tensors="pt",
+    )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote, and how sure it was of each token: where the token ends in the text, its probability."""
+
+    text: str
+    ends: list[int]
+    probabilities: list[float]
+
+    def score(self, start: int, end: int) -> float:
+        """Geometric mean of the probabilities of the tokens in `text[start:end]`."""
+        begins = [0, *self.ends]
+        inside = [p for p, a, b in zip(self.probabilities, begins, self.ends, strict=False) if b > start and a < end]
+        return float(np.exp(np.mean(np.log(np.maximum(inside, 1e-12)))))
+
+
+class ProbabilityRecorder(LogitsProcessor):
+    """Keeps the probability of each token that greedy decoding chooses; all scores of all steps take gigabytes."""
+
+    def __init__(self):
+        self.steps = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.steps.append(scores.float().softmax(dim=-1).amax(dim=-1))
+        return scores
+
+
 @torch.inference_mode()
+def generate(
+    model: PreTrainedModel, tokenizer, questions: dict[str, torch.Tensor], max_new_tokens: int
+) -> list[Answer]:
+    """Greedy answers to a batch of `to_questions`, special tokens included, padding removed.
+
+    A row that has ended is padded while the others go on; the batch ends with its last row.
+    """
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    recorder = ProbabilityRecorder()
+    inputs = {name: tensor.to(model.device) for name, tensor in questions.items()}
+    tokens = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, logits_processor=LogitsProcessorList([recorder]), **greedy
+    )
+    written = tokens[:, inputs["input_ids"].shape[1] :].tolist()
+    probabilities = torch.stack(recorder.steps, dim=1).tolist()
+    return [to_answer(*row, tokenizer) for row in zip(written, probabilities, strict=True)]
+
+
+def to_answer(tokens: Sequence[int], probabilities: Sequence[float], tokenizer) -> Answer:
+    """One row of token ids and their probabilities as text; a letter of several tokens ends with the last of them."""
+    length = len(tokens) - next((n for n, token in enumerate(reversed(tokens)) if token != tokenizer.pad_token_id), 0)
+    texts = [tokenizer.decode(tokens[:n], skip_special_tokens=False) for n in range(1, length + 1)]
+    return Answer(texts[-1] if texts else "", [len(text) for text in texts], list(probabilities[:length]))
+
+
 def generate_answers(
     model: PreTrainedModel,
     processor: Qwen2VLProcessor,
@@ -1251,19 +1333,8 @@ def generate_answers(
     max_new_tokens: int,
 ) -> list[str]:
     """One greedy answer per picture, special tokens included, padding removed. The pictures make one batch."""
-    text = processor.apply_chat_template(to_conversation(prompt), tokenize=False, add_generation_prompt=True)
-    inputs = processor(
-        text=[text] * len(images),
-        images=[[image] for image in images],
-        padding=True,
-        padding_side="left",
-        pad_to_multiple_of=8,
-        return_tensors="pt",
-    ).to(model.device)
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **greedy)
-    answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=False)
-    return [answer.replace(processor.tokenizer.pad_token, "") for answer in answers]
+    questions = to_questions(images, processor, prompt)
+    return [answer.text for answer in generate(model, processor.tokenizer, questions, max_new_tokens)]
 
 
 # %%
@@ -1310,6 +1381,7 @@ class ParsedAnswer:
 
     objects: list[tuple[str, list[float]]]  # label (may be empty) and box
     unread: list[str]  # pieces of the text that look like an attempt at a box, and are none
+    spans: list[tuple[int, int]] = field(default_factory=list, compare=False)  # where the boxes are in the text
 
 
 def parse_answer(answer: str) -> ParsedAnswer:
@@ -1317,16 +1389,19 @@ def parse_answer(answer: str) -> ParsedAnswer:
 
     Corners are put in order. A box without a label of its own takes the one before it.
     """
-    text, objects, unread = END_PATTERN.sub("", answer), [], []
+    text, objects, unread, spans = END_PATTERN.sub(lambda end: " " * len(end[0]), answer), [], [], []
     label, end = "", 0
     for piece in PIECE_PATTERN.finditer(text):
         label = (read_json_label(piece[0]) if piece["json"] else read_label(text[end : piece.start()])) or label
-        boxes = [] if piece["attempt"] else [read_numbers(box) for box in re.findall(BOX, piece[0])]
+        found = [] if piece["attempt"] else list(re.finditer(BOX, piece[0]))
+        boxes = [read_numbers(box[0]) for box in found]
         objects += [(label, box) for box in boxes if has_area(box)]
+        spans += [(piece.start() + match.start(), piece.start() + match.end())
+                  for match, box in zip(found, boxes, strict=True) if has_area(box)]  # fmt: skip
         if not all(map(has_area, boxes)) or (not boxes and promises_box(piece)):
             unread.append(piece[0].strip())
         end = piece.end()
-    return ParsedAnswer(objects, unread)
+    return ParsedAnswer(objects, unread, spans)
 
 
 def read_label(words: str) -> str:
@@ -1792,28 +1867,63 @@ def evaluate_model(
     processor: Qwen2VLProcessor,
     rows: Dataset,
     prompt: str,
-    batch_size: int,
+    batch_size: int | None,
     max_new_tokens: int,
 ) -> list[dict]:
-    """Ask the model about every row. One record per picture: see `to_record`.
+    """Ask the model about every row. One record per picture, in the order of the rows: see `to_record`.
 
-    `group` is added where rows have `meta.barcode`. Raises ValueError for a model of an unknown family.
+    Pictures of like size share a batch; a `batch_size` of None takes what the memory allows; the next batch is
+    prepared while the model answers. `group` is the barcode. Raises ValueError for a model of an unknown family.
     """
     model.eval()
     family, budget = model.config.model_type, pixel_budget(processor)
-    records = []
+    sizes = [resized_size(*size, **budget) for size in upright_sizes(rows)]
+    order = sorted(range(len(rows)), key=lambda number: sizes[number][0] * sizes[number][1], reverse=True)
+    batch_size = batch_size or choose_batch_size(model, max((w * h for w, h in sizes), default=0))
+
+    def prepare(numbers: Sequence[int]) -> tuple[list[int], list[tuple], dict[str, torch.Tensor]]:
+        examples = [read_row(row) for row in rows.select(numbers)]
+        return numbers, examples, to_questions([image for image, _, _ in examples], processor, prompt)
+
+    records = {}
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     with tqdm(total=len(rows), desc="evaluating", unit="picture", mininterval=1) as progress:
-        for start in range(0, len(rows), batch_size):
-            batch = rows.select(range(start, min(start + batch_size, len(rows))))
-            examples = [read_row(row) for row in batch]
-            answers = generate_answers(model, processor, [e[0] for e in examples], prompt, max_new_tokens)
-            for image_id, example, answer in zip(batch["image_id"], examples, answers, strict=True):
-                resized = resized_size(*example[0].size, **budget)
-                records.append(to_record(image_id, example, answer, family, resized))
-            progress.update(len(batch))
-    if "meta" in rows.column_names:
-        records = [record | {"group": meta["barcode"]} for record, meta in zip(records, rows["meta"], strict=True)]
-    return records
+        for numbers, examples, questions in prepare_ahead(prepare, batches):
+            answers = generate(model, processor.tokenizer, questions, max_new_tokens)
+            for number, example, answer in zip(numbers, examples, answers, strict=True):
+                records[number] = to_record("", example, answer.text, family, sizes[number], answer.score)
+            progress.update(len(numbers))
+    named = zip(rows["image_id"], read_barcodes(rows), strict=True)
+    return [records[number] | {"id": image_id, "group": group} for number, (image_id, group) in enumerate(named)]
+
+
+def prepare_ahead(function: Callable, items: Iterable) -> Iterator:
+    """`function(item)` for every item; the next one is computed in a thread while the caller uses this one."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ahead = None
+        for item in items:
+            upcoming = pool.submit(function, item)
+            if ahead is not None:
+                yield ahead.result()
+            ahead = upcoming
+        if ahead is not None:
+            yield ahead.result()
+
+
+def choose_batch_size(model: PreTrainedModel, pixels: int) -> int:
+    """How many pictures of `pixels` pixels the model can be asked about at once: 1 to 64 on a GPU, 32 on a CPU.
+
+    An estimate from the model's shape, on four fifths of the memory that is free: per token the keys and values of all
+    layers, and what the largest layers of both towers hold while the question is read.
+    """
+    if not torch.cuda.is_available():
+        return 32
+    text, vision = model.config.get_text_config(), model.config.vision_config
+    keys = 2 * text.num_hidden_layers * text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    layers = 6 * text.intermediate_size + 16 * vision.embed_dim * vision.mlp_ratio  # four patches make a token
+    token_bytes = (keys + layers) * best_dtype().itemsize
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return int(min(64, max(1, 0.8 * free // (token_bytes * (pixels / 28**2 + 256)))))
 
 
 def pixel_budget(processor: Qwen2VLProcessor) -> dict[str, int]:
@@ -1832,14 +1942,16 @@ def to_record(
     answer: str,
     family: str,
     resized: tuple[int, int],
+    score: Callable[[int, int], float] | None = None,
 ) -> dict:
     """What is kept of one picture, boxes `[x1, y1, x2, y2]` in pixels of the upright picture.
 
-    id, width, height, resized (the size that the model saw), truth, prediction (label and box each), raw (the answer),
-    unread (what of it could not be read), iou (mean over true boxes, one to one; None where there are none).
+    id, width, height, resized (the size that the model saw), truth, prediction (label, box, and score if `score`
+    tells it for a part of the answer), raw (the answer), unread (what of it could not be read), iou (mean over true
+    boxes, one to one; None where there are none).
     """
     image, boxes, labels = example
-    found = read_answer(answer, *image.size, family, resized)
+    found = read_answer(answer, *image.size, family, resized, score)
     overlaps = match_boxes(boxes, [thing["box"] for thing in found["prediction"]])
     return {
         "id": image_id,
@@ -1852,14 +1964,21 @@ def to_record(
     } | found
 
 
-def read_answer(answer: str, width: int, height: int, family: str, resized: tuple[int, int] | None) -> dict[str, list]:
-    """`prediction` (label and pixel box each) and `unread` of an answer; a box outside the picture is unread."""
+def read_answer(
+    answer: str,
+    width: int,
+    height: int,
+    family: str,
+    resized: tuple[int, int] | None,
+    score: Callable[[int, int], float] | None = None,
+) -> dict[str, list]:
+    """`prediction` (label, pixel box, score) and `unread` of an answer; a box outside the picture is unread."""
     parsed = parse_answer(answer)
     prediction, unread = [], [*parsed.unread]
-    for label, written in parsed.objects:
+    for (label, written), span in zip(parsed.objects, parsed.spans, strict=True):
         box = from_model_coordinates(written, width, height, family, resized)
         if has_area(box):
-            prediction.append({"label": label, "box": box})
+            prediction.append({"label": label, "box": box} | ({"score": score(*span)} if score else {}))
         else:
             unread.append(f"{label}{written}")
     return {"prediction": prediction, "unread": unread}
@@ -2202,7 +2321,7 @@ class GradientNorms(TrainerCallback):
 class IoUAtEvaluation(TrainerCallback):
     """Answers questions about a few pictures at every evaluation; their mean IoU chooses the checkpoint."""
 
-    def __init__(self, processor: Qwen2VLProcessor, rows: Dataset, prompt: str, batch_size: int):
+    def __init__(self, processor: Qwen2VLProcessor, rows: Dataset, prompt: str, batch_size: int | None):
         self.processor, self.rows, self.prompt, self.batch_size = processor, rows, prompt, batch_size
 
     def on_evaluate(self, args, state, control, model, metrics, **kwargs):
@@ -2419,7 +2538,7 @@ def load_and_evaluate_demo(
     processor: Qwen2VLProcessor,
     rows: Dataset,
     prompt: str,
-    batch_size: int,
+    batch_size: int | None,
     max_new_tokens: int,
 ) -> dict[str, float] | None:
     """Evaluate what a recipe left in `folder` and write the results there; None, and a line, if nothing is there."""
@@ -2737,11 +2856,11 @@ assert difference <= 0.01, f"merging changed the model: mean IoU differs by {dif
 def detect(
     image: Image.Image, model: PreTrainedModel, processor: Qwen2VLProcessor, prompt: str, max_new_tokens: int = 128
 ) -> list[dict]:
-    """The objects in one picture: `{"label", "box"}`, boxes `[x1, y1, x2, y2]` in pixels of the upright picture."""
+    """The objects in one picture: `{"label", "box", "score"}`, boxes in pixels of the upright picture."""
     upright = ImageOps.exif_transpose(image).convert("RGB")
-    answer = generate_answers(model, processor, [upright], prompt, max_new_tokens)[0]
+    answer = generate(model, processor.tokenizer, to_questions([upright], processor, prompt), max_new_tokens)[0]
     resized = resized_size(*upright.size, **pixel_budget(processor))
-    return read_answer(answer, *upright.size, model.config.model_type, resized)["prediction"]
+    return read_answer(answer.text, *upright.size, model.config.model_type, resized, answer.score)["prediction"]
 
 
 # %%

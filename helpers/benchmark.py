@@ -11,18 +11,18 @@ are 980 x 980, 1,225 image tokens each. Needs one GPU with 80 GB; `--size tiny` 
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
-from PIL import Image
 from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from transformers.trainer_utils import IntervalStrategy
 
 from helpers.collators import AssistantOnlyCollator
 from helpers.conversation import PROMPT
 from helpers.data import load_rows, read_row, to_training_dataset
-from helpers.evaluation import generate_answers
+from helpers.evaluation import choose_batch_size, evaluate_model, generate_answers
 from helpers.loading import best_dtype, load_model, load_processor, release_memory
 from helpers.recipes import RECIPES, build_trainer, create_training_config, load_model_for_recipe
 from helpers.tiny.packages import draw_dataset
@@ -107,22 +107,25 @@ def measure_recipe(name: str, model_id: str, data: str, arguments: argparse.Name
 
 
 def measure_generation(model_id: str, data: str, batch_sizes: list[int], tokens: int) -> pd.DataFrame:
-    """Pictures a second with each batch size, preprocessing included; every answer has `tokens` tokens."""
+    """Pictures a second, one by one and in batches, preprocessing included; every answer has `tokens` tokens."""
     processor = load_processor(model_id, 1280 * 28 * 28)
     model = load_model(model_id, quantized=False, dtype=best_dtype()).eval()
     model.generation_config.min_new_tokens = tokens
-    images = [read_row(row)[0] for row in load_rows(data, "val", None, 0)]
-    lines = []
-    for batch_size in batch_sizes:
-        asked = images[: min(len(images), 8 * batch_size)]
+    rows = load_rows(data, "val", None, 0)
+    few = [read_row(row)[0] for row in rows.select(range(8))]
+    ways = {"one by one": (len(few), lambda: [generate_answers(model, processor, [i], QUESTION, tokens) for i in few])}
+    for size in [*batch_sizes, None]:
+        name = f"batches of {size or choose_batch_size(model, 980 * 980)}" + ("" if size else " (chosen)")
+        ways[name] = (len(rows), partial(evaluate_model, model, processor, rows, QUESTION, size, tokens))
+    rates = {}
+    for name, (pictures, ask) in ways.items():
         for _ in range(2):  # the first round warms up
             clock = time.perf_counter()
-            for start in range(0, len(asked), batch_size):
-                generate_answers(model, processor, asked[start : start + batch_size], QUESTION, tokens)
-            seconds = time.perf_counter() - clock
-        lines.append({"batch": batch_size, "pictures": len(asked), "pictures a second": len(asked) / seconds})
-    table = pd.DataFrame(lines)
-    return table.assign(speedup=table["pictures a second"] / table["pictures a second"][0]).round(2)
+            ask()
+            rates[name] = pictures / (time.perf_counter() - clock)
+        print(f"{name}: {rates[name]:.2f} pictures a second", flush=True)
+    table = pd.DataFrame({"pictures a second": rates})
+    return table.assign(speedup=table["pictures a second"] / rates["one by one"]).round(2)
 
 
 def main() -> None:
@@ -136,7 +139,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--gradient-accumulation-steps", type=int, default=8)
     parser.add_argument("--no-gradient-checkpointing", action="store_true")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32, 64], help="of the generation")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[8, 32], help="of the generation")
     parser.add_argument("--build-only", action="store_true")
     arguments = parser.parse_args()
     model_id, data = arguments.output / "model", arguments.output / "dataset"

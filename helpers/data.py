@@ -1,6 +1,6 @@
 """Printed from fine_tuning_vlm_for_object_detection_trl.py: edit the script, then run `make sync`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -155,14 +155,29 @@ def read_row(row: dict) -> tuple[Image.Image, list[list[float]], list[str]]:
 
 def describe_pictures(rows: Dataset) -> pd.DataFrame:
     """One line per picture: size when upright (pixels), EXIF orientation (1: stored upright), boxes, barcode."""
-    lines = []
-    for row in rows.remove_columns("objects").cast_column("image", ImageFeature(decode=False)):
-        image = open_encoded(row["image"])
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        width, height = image.size[::-1] if orientation >= 5 else image.size  # 5 to 8 lie on their side
-        lines.append({"image_id": row["image_id"], "width": width, "height": height, "orientation": orientation})
+    orientations = []
+    for encoded in undecoded(rows):
+        orientations.append(open_encoded(encoded).getexif().get(ExifTags.Base.Orientation, 1))
+    pictures = pd.DataFrame(upright_sizes(rows), columns=["width", "height"])
     boxes = [len(objects["bbox"]) for objects in rows["objects"]]
-    return pd.DataFrame(lines).assign(boxes=boxes, barcode=read_barcodes(rows))
+    return pictures.assign(
+        orientation=orientations, boxes=boxes, barcode=read_barcodes(rows), image_id=list(rows["image_id"])
+    )
+
+
+def undecoded(rows: Dataset) -> Iterator[dict]:
+    """The pictures of all rows as they are stored, `{"bytes", "path"}`."""
+    return (row["image"] for row in rows.select_columns("image").cast_column("image", ImageFeature(decode=False)))
+
+
+def upright_sizes(rows: Dataset) -> list[tuple[int, int]]:
+    """Width and height in pixels of every picture when it is upright; only headers are read."""
+    sizes = []
+    for encoded in undecoded(rows):
+        image = open_encoded(encoded)
+        lies = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 5 to 8 lie on their side
+        sizes.append(image.size[::-1] if lies else image.size)
+    return sizes
 
 
 def describe_boxes(rows: Dataset, pictures: pd.DataFrame) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, Qwen2VLProcessor
 
 from helpers.boxes import resized_size
 from helpers.conversation import SYSTEM_MESSAGE
-from helpers.evaluation import generate_answers, pixel_budget, read_answer
+from helpers.evaluation import generate, pixel_budget, read_answer, to_questions
 from helpers.loading import load_trained_model
 from helpers.recipes import TrainingRecipe
 
@@ -26,11 +26,11 @@ def merge_adapter(folder: Path, target: Path, processor: Qwen2VLProcessor) -> No
 def detect(
     image: Image.Image, model: PreTrainedModel, processor: Qwen2VLProcessor, prompt: str, max_new_tokens: int = 128
 ) -> list[dict]:
-    """The objects in one picture: `{"label", "box"}`, boxes `[x1, y1, x2, y2]` in pixels of the upright picture."""
+    """The objects in one picture: `{"label", "box", "score"}`, boxes in pixels of the upright picture."""
     upright = ImageOps.exif_transpose(image).convert("RGB")
-    answer = generate_answers(model, processor, [upright], prompt, max_new_tokens)[0]
+    answer = generate(model, processor.tokenizer, to_questions([upright], processor, prompt), max_new_tokens)[0]
     resized = resized_size(*upright.size, **pixel_budget(processor))
-    return read_answer(answer, *upright.size, model.config.model_type, resized)["prediction"]
+    return read_answer(answer.text, *upright.size, model.config.model_type, resized, answer.score)["prediction"]
 
 
 MODEL_CARD = """{metadata}

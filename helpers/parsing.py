@@ -1,7 +1,7 @@
 """Printed from fine_tuning_vlm_for_object_detection_trl.py: edit the script, then run `make sync`."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from helpers.boxes import has_area
 
@@ -29,6 +29,7 @@ class ParsedAnswer:
 
     objects: list[tuple[str, list[float]]]  # label (may be empty) and box
     unread: list[str]  # pieces of the text that look like an attempt at a box, and are none
+    spans: list[tuple[int, int]] = field(default_factory=list, compare=False)  # where the boxes are in the text
 
 
 def parse_answer(answer: str) -> ParsedAnswer:
@@ -36,16 +37,19 @@ def parse_answer(answer: str) -> ParsedAnswer:
 
     Corners are put in order. A box without a label of its own takes the one before it.
     """
-    text, objects, unread = END_PATTERN.sub("", answer), [], []
+    text, objects, unread, spans = END_PATTERN.sub(lambda end: " " * len(end[0]), answer), [], [], []
     label, end = "", 0
     for piece in PIECE_PATTERN.finditer(text):
         label = (read_json_label(piece[0]) if piece["json"] else read_label(text[end : piece.start()])) or label
-        boxes = [] if piece["attempt"] else [read_numbers(box) for box in re.findall(BOX, piece[0])]
+        found = [] if piece["attempt"] else list(re.finditer(BOX, piece[0]))
+        boxes = [read_numbers(box[0]) for box in found]
         objects += [(label, box) for box in boxes if has_area(box)]
+        spans += [(piece.start() + match.start(), piece.start() + match.end())
+                  for match, box in zip(found, boxes, strict=True) if has_area(box)]  # fmt: skip
         if not all(map(has_area, boxes)) or (not boxes and promises_box(piece)):
             unread.append(piece[0].strip())
         end = piece.end()
-    return ParsedAnswer(objects, unread)
+    return ParsedAnswer(objects, unread, spans)
 
 
 def read_label(words: str) -> str:

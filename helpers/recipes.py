@@ -230,7 +230,7 @@ class GradientNorms(TrainerCallback):
 class IoUAtEvaluation(TrainerCallback):
     """Answers questions about a few pictures at every evaluation; their mean IoU chooses the checkpoint."""
 
-    def __init__(self, processor: Qwen2VLProcessor, rows: Dataset, prompt: str, batch_size: int):
+    def __init__(self, processor: Qwen2VLProcessor, rows: Dataset, prompt: str, batch_size: int | None):
         self.processor, self.rows, self.prompt, self.batch_size = processor, rows, prompt, batch_size
 
     def on_evaluate(self, args, state, control, model, metrics, **kwargs):
