@@ -1662,16 +1662,57 @@ def compute_map(records: Sequence[dict], policy: str = "merge") -> dict[str, flo
     The mean is over labels that occur in the truth; at most 100 boxes of a picture and label count
     (cocodataset.org/#detection-eval).
     """
+    precision = compute_precision(records, policy)
+    if precision is None:
+        return dict.fromkeys(["mAP", "mAP50", "mAP75"])
+    return {"mAP": float(precision.mean()), "mAP50": float(precision[0].mean()), "mAP75": float(precision[5].mean())}
+
+
+def compute_precision(records: Sequence[dict], policy: str = "merge") -> np.ndarray | None:
+    """COCO's precision at (10 IoU thresholds, 101 recalls from 0 to 1, labels of the truth); None without true boxes."""
     dataset, found = to_coco(records, policy)
     if not dataset["annotations"]:
-        return dict.fromkeys(["mAP", "mAP50", "mAP75"])
+        return None
     truth = COCO(dataset)
     evaluation = COCOeval_faster(truth, truth.loadRes(found), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # 10 thresholds, 101 recalls, labels; boxes of all sizes
-    precision = precision[:, :, (precision > -1).all(axis=(0, 1))]  # -1: a label without true boxes
-    return {"mAP": float(precision.mean()), "mAP50": float(precision[0].mean()), "mAP75": float(precision[5].mean())}
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # boxes of all sizes
+    return precision[:, :, (precision > -1).all(axis=(0, 1))]  # -1: a label without true boxes
+
+
+def collect_scores(records: Sequence[dict], threshold: float = 0.5, policy: str = "merge") -> tuple[np.ndarray, ...]:
+    """Score of every predicted box, and whether it hit a true one; a box without a score is left out."""
+    scores, hits = [], []
+    for record in records:
+        truth, prediction = apply_policy(record, policy)
+        ious = compute_ious(truth, prediction)
+        rows, columns = assign_boxes(ious, threshold)
+        hit = {column for row, column in zip(rows, columns, strict=True) if ious[row, column] >= threshold}
+        for column, thing in enumerate(prediction):
+            if "score" in thing:
+                scores.append(thing["score"])
+                hits.append(column in hit)
+    return np.array(scores, dtype=float), np.array(hits, dtype=bool)
+
+
+def bin_scores(scores: np.ndarray, hits: np.ndarray, bins: int = 10) -> pd.DataFrame:
+    """Boxes by score in bins of equal width: how many, their mean score, and the share of them that hit."""
+    number = np.minimum((scores * bins).astype(int), bins - 1)
+    table = pd.DataFrame({"bin": number, "score": scores, "hit rate": hits})
+    return table.groupby("bin").agg(boxes=("score", "size"), score=("score", "mean"), hits=("hit rate", "mean"))
+
+
+def calibration_error(records: Sequence[dict], threshold: float = 0.5, policy: str = "merge") -> float | None:
+    """Expected calibration error: mean distance of score and hit rate over ten bins; None without scored boxes.
+
+    Guo et al., "On Calibration of Modern Neural Networks", 2017, equation 5.
+    """
+    scores, hits = collect_scores(records, threshold, policy)
+    if not len(scores):
+        return None
+    table = bin_scores(scores, hits)
+    return float(np.average((table.score - table.hits).abs(), weights=table.boxes))
 
 
 def summarize_labels(records: Sequence[dict], threshold: float = 0.5) -> dict[str, dict[str, float | None]]:
@@ -1991,9 +2032,9 @@ def read_answer(
 
 # %%
 #| export evaluation
-def save_results(folder: Path, records: Sequence[dict]) -> dict[str, float | None]:
-    """Write `predictions.jsonl` and `metrics.json` into `folder`; returns the metrics."""
-    metrics = summarize(records)
+def save_results(folder: Path, records: Sequence[dict]) -> dict:
+    """Write `predictions.jsonl` and `metrics.json` (see `build_report`) into `folder`; returns the metrics."""
+    metrics = build_report(records, threshold=0.5, policy="merge")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "predictions.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -2001,9 +2042,12 @@ def save_results(folder: Path, records: Sequence[dict]) -> dict[str, float | Non
 
 
 def save_comparison(output_dir: Path) -> dict[str, dict[str, float | None]]:
-    """Gather every `metrics.json` below `output_dir` into its `comparison.json`: `base` first, then by name."""
+    """Gather the figures of every `metrics.json` below `output_dir` in its `comparison.json`, `base` first."""
     files = sorted(output_dir.glob("*/metrics.json"), key=lambda file: (file.parent.name != "base", file.parent.name))
-    comparison = {file.parent.name: json.loads(file.read_text()) for file in files}
+    comparison = {
+        file.parent.name: {k: v for k, v in json.loads(file.read_text()).items() if not isinstance(v, dict | str)}
+        for file in files
+    }
     write_text(output_dir / "comparison.json", json.dumps(comparison, indent=2) + "\n")
     return comparison
 
@@ -2084,9 +2128,10 @@ def is_labelled_box(value: object) -> bool:
 
 
 def build_report(records: Sequence[dict], threshold: float, policy: str) -> dict:
-    """All figures, their intervals, errors by kind, and figures by label where labels count and there are several."""
+    """All figures, calibration, intervals, errors by kind, figures by label where these count and there are several."""
     labels = summarize_labels(records, threshold) if policy == "multi-class" else {}
     return summarize(records, threshold, policy) | {
+        "calibration_error": calibration_error(records, threshold, policy),
         "iou_threshold": threshold,
         "policy": policy,
         "intervals": bootstrap_intervals(records, threshold, policy),
@@ -2097,10 +2142,10 @@ def build_report(records: Sequence[dict], threshold: float, policy: str) -> dict
 
 def print_report(report: dict) -> None:
     """A report as tables for people."""
-    for name in [*report["intervals"], "mAP", "mAP50", "mAP75"]:
+    for name in [*report["intervals"], "mAP", "mAP50", "mAP75", "calibration_error"]:
         value, interval = report[name], report["intervals"].get(name)
         shown = "n/a" if value is None else f"{value:.3f}"
-        print(f"{name:<16}{shown:>7}" + (f"  [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""))
+        print(f"{name:<18}{shown:>6}" + (f"  [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""))
     print(f"{report['n']} pictures; hits from IoU {report['iou_threshold']} on; labels: {report['policy']}")
     print("boxes: " + ", ".join(f"{count} {kind}" for kind, count in report["errors"].items()))
     if report["labels"]:
@@ -2759,10 +2804,60 @@ plot_comparison(records_by_name)
 plt.show()
 
 # %% [markdown]
-# One point per picture: do the recipes fail on the same pictures?
+# How sure is the model of its boxes, and is it right when it is sure? The score of a box is the geometric mean of the
+# probabilities of its tokens. Left the precision among the surest boxes, as more and more of the tables are found;
+# middle the IoU; right the score against the share of hits. On the diagonal, a score of 0.8 means right in 80 of 100
+# cases; the calibration error is the mean distance from it.
+
+
+# %%
+#| export figures
+def plot_card(records: Sequence[dict], title: str) -> plt.Figure:
+    """Precision-recall curves, IoU histogram, reliability diagram and kinds of error of one model."""
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.3), layout="constrained")
+    plot_precision_recall(axes[0], records)
+    axes[1].hist([record["iou"] for record in records], bins=np.linspace(0, 1, 21), color=BAR_COLOUR)
+    axes[1].set(title="IoU of the pictures", xlabel="IoU", ylabel="pictures", xlim=(0, 1))
+    plot_reliability(axes[2], records)
+    errors = count_errors(records)
+    bars = axes[3].barh(list(errors), list(errors.values()), color=BAR_COLOUR)
+    axes[3].bar_label(bars, padding=2)
+    axes[3].invert_yaxis()
+    axes[3].margins(x=0.15)
+    axes[3].set(title="Boxes by kind", xlabel="boxes")
+    figure.suptitle(title)
+    return figure
+
+
+def plot_precision_recall(axes: plt.Axes, records: Sequence[dict]) -> None:
+    """COCO's precision-recall curves for an IoU of 0.5 and of 0.75."""
+    precision = compute_precision(records)
+    for index, threshold in ((0, 0.5), (5, 0.75)) if precision is not None else ():
+        axes.plot(np.linspace(0, 1, 101), precision[index].mean(axis=1), label=f"IoU {threshold}")
+    axes.set(title="Precision and recall", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    axes.legend(frameon=False, loc="lower left")
+
+
+def plot_reliability(axes: plt.Axes, records: Sequence[dict]) -> None:
+    """Share of hits against the score, in ten bins; the size of a point tells how many boxes there are."""
+    table = bin_scores(*collect_scores(records))
+    axes.plot([0, 1], [0, 1], color="grey", lw=1)
+    axes.scatter(table.score, table.hits, s=300 * table.boxes / max(1, table.boxes.sum()) + 10, color=BAR_COLOUR)
+    error = calibration_error(records)
+    title = "Reliability" if error is None else f"Reliability: error {error:.2f}"
+    axes.set(title=title, xlabel="score", ylabel="share of hits", xlim=(0, 1), ylim=(0, 1.02))
+
 
 # %%
 trained = {name: some for name, some in records_by_name.items() if name != "base"}
+best = max(trained, key=lambda name: comparison[name]["mean_iou"])
+plot_card(trained[best], title=best)
+plt.show()
+
+# %% [markdown]
+# One point per picture: do the recipes fail on the same pictures?
+
+# %%
 if len(trained) > 1:
     plot_against(trained, reference=next(iter(trained)))
     plt.show()
@@ -2772,7 +2867,6 @@ if len(trained) > 1:
 # four best.
 
 # %%
-best = max(trained, key=lambda name: comparison[name]["mean_iou"])
 records = trained[best]
 by_iou = np.argsort([record["iou"] for record in records])
 chosen = [int(i) for i in [*by_iou[:4], *by_iou[max(4, len(records) - 4) :]]]
@@ -2784,6 +2878,45 @@ show_pictures(
 )
 plt.savefig(output_dir / "predictions.png", dpi=120)
 plt.show()
+
+# %% [markdown]
+# The same for every model goes to disk as an evaluation card: `card.md` with all figures and their intervals, and the
+# pictures that it shows.
+
+
+# %%
+#| export card
+def write_card(folder: Path, records: Sequence[dict], rows: Dataset) -> None:
+    """Write `card.md`, `figures.png` and `worst.png` into `folder`, about the records of `rows`, in their order."""
+    plot_card(records, folder.name).savefig(folder / "figures.png", dpi=100)
+    worst = [int(number) for number in np.argsort([record["iou"] for record in records])[:8]]
+    show_pictures(
+        [read_row(rows[number])[0] for number in worst],
+        [[thing["box"] for thing in records[number]["truth"]] for number in worst],
+        [[thing["box"] for thing in records[number]["prediction"]] for number in worst],
+        titles=[f"{records[number]['id']}: IoU {records[number]['iou']:.2f}" for number in worst],
+    ).savefig(folder / "worst.png", dpi=100)
+    plt.close("all")
+    write_text(folder / "card.md", describe_card(folder.name, build_report(records, threshold=0.5, policy="merge")))
+
+
+def describe_card(name: str, report: dict) -> str:
+    """The text of an evaluation card from `build_report`."""
+    lines = [f"# {name}", "", f"{report['n']} pictures, hits from IoU {report['iou_threshold']} on.", ""]
+    lines += ["| figure | value | 95 % interval |", "| --- | --- | --- |"]
+    for figure in [*report["intervals"], "mAP", "mAP50", "mAP75", "calibration_error"]:
+        value, interval = report[figure], report["intervals"].get(figure)
+        shown = "n/a" if value is None else f"{value:.3f}"
+        lines.append(f"| {figure} | {shown} | {'{:.3f} to {:.3f}'.format(*interval) if interval else ''} |")
+    lines += ["", "Boxes: " + ", ".join(f"{count} {kind}" for kind, count in report["errors"].items()) + ".", ""]
+    lines += ["![Precision and recall, IoU, reliability, errors](figures.png)", "", "The worst pictures:", ""]
+    return "\n".join([*lines, "![Worst pictures: truth dashed, prediction solid](worst.png)", ""])
+
+
+# %%
+for name, some in records_by_name.items():
+    write_card(output_dir / name, some, eval_rows)
+print((output_dir / best / "card.md").read_text())
 
 # %% [markdown]
 # What may be concluded? Two recipes are compared on the same pictures, so what counts is the difference picture by

@@ -19,7 +19,15 @@ from helpers.boxes import GRID_FAMILIES, PIXEL_FAMILIES, from_model_coordinates,
 from helpers.conversation import to_conversation
 from helpers.data import read_barcodes, read_row, upright_sizes
 from helpers.loading import best_dtype, load_trained_model
-from helpers.metrics import POLICIES, bootstrap_intervals, count_errors, match_boxes, summarize, summarize_labels
+from helpers.metrics import (
+    POLICIES,
+    bootstrap_intervals,
+    calibration_error,
+    count_errors,
+    match_boxes,
+    summarize,
+    summarize_labels,
+)
 from helpers.parsing import parse_answer
 
 
@@ -222,9 +230,9 @@ def read_answer(
     return {"prediction": prediction, "unread": unread}
 
 
-def save_results(folder: Path, records: Sequence[dict]) -> dict[str, float | None]:
-    """Write `predictions.jsonl` and `metrics.json` into `folder`; returns the metrics."""
-    metrics = summarize(records)
+def save_results(folder: Path, records: Sequence[dict]) -> dict:
+    """Write `predictions.jsonl` and `metrics.json` (see `build_report`) into `folder`; returns the metrics."""
+    metrics = build_report(records, threshold=0.5, policy="merge")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "predictions.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -232,9 +240,12 @@ def save_results(folder: Path, records: Sequence[dict]) -> dict[str, float | Non
 
 
 def save_comparison(output_dir: Path) -> dict[str, dict[str, float | None]]:
-    """Gather every `metrics.json` below `output_dir` into its `comparison.json`: `base` first, then by name."""
+    """Gather the figures of every `metrics.json` below `output_dir` in its `comparison.json`, `base` first."""
     files = sorted(output_dir.glob("*/metrics.json"), key=lambda file: (file.parent.name != "base", file.parent.name))
-    comparison = {file.parent.name: json.loads(file.read_text()) for file in files}
+    comparison = {
+        file.parent.name: {k: v for k, v in json.loads(file.read_text()).items() if not isinstance(v, dict | str)}
+        for file in files
+    }
     write_text(output_dir / "comparison.json", json.dumps(comparison, indent=2) + "\n")
     return comparison
 
@@ -307,9 +318,10 @@ def is_labelled_box(value: object) -> bool:
 
 
 def build_report(records: Sequence[dict], threshold: float, policy: str) -> dict:
-    """All figures, their intervals, errors by kind, and figures by label where labels count and there are several."""
+    """All figures, calibration, intervals, errors by kind, figures by label where these count and there are several."""
     labels = summarize_labels(records, threshold) if policy == "multi-class" else {}
     return summarize(records, threshold, policy) | {
+        "calibration_error": calibration_error(records, threshold, policy),
         "iou_threshold": threshold,
         "policy": policy,
         "intervals": bootstrap_intervals(records, threshold, policy),
@@ -320,10 +332,10 @@ def build_report(records: Sequence[dict], threshold: float, policy: str) -> dict
 
 def print_report(report: dict) -> None:
     """A report as tables for people."""
-    for name in [*report["intervals"], "mAP", "mAP50", "mAP75"]:
+    for name in [*report["intervals"], "mAP", "mAP50", "mAP75", "calibration_error"]:
         value, interval = report[name], report["intervals"].get(name)
         shown = "n/a" if value is None else f"{value:.3f}"
-        print(f"{name:<16}{shown:>7}" + (f"  [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""))
+        print(f"{name:<18}{shown:>6}" + (f"  [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""))
     print(f"{report['n']} pictures; hits from IoU {report['iou_threshold']} on; labels: {report['policy']}")
     print("boxes: " + ", ".join(f"{count} {kind}" for kind, count in report["errors"].items()))
     if report["labels"]:

@@ -13,7 +13,12 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from helpers.metrics import (
+    bin_scores,
     bootstrap_intervals,
+    calibration_error,
+    collect_scores,
+    compute_precision,
+    count_errors,
 )
 
 TRUTH_COLOUR = "#1a9850"
@@ -176,3 +181,39 @@ def plot_against(records: dict[str, Sequence[dict]], reference: str) -> plt.Figu
         axes.set(xlabel=f"IoU, {reference}", ylabel=f"IoU, {name}", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         axes.set_aspect("equal")
     return figure
+
+
+def plot_card(records: Sequence[dict], title: str) -> plt.Figure:
+    """Precision-recall curves, IoU histogram, reliability diagram and kinds of error of one model."""
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.3), layout="constrained")
+    plot_precision_recall(axes[0], records)
+    axes[1].hist([record["iou"] for record in records], bins=np.linspace(0, 1, 21), color=BAR_COLOUR)
+    axes[1].set(title="IoU of the pictures", xlabel="IoU", ylabel="pictures", xlim=(0, 1))
+    plot_reliability(axes[2], records)
+    errors = count_errors(records)
+    bars = axes[3].barh(list(errors), list(errors.values()), color=BAR_COLOUR)
+    axes[3].bar_label(bars, padding=2)
+    axes[3].invert_yaxis()
+    axes[3].margins(x=0.15)
+    axes[3].set(title="Boxes by kind", xlabel="boxes")
+    figure.suptitle(title)
+    return figure
+
+
+def plot_precision_recall(axes: plt.Axes, records: Sequence[dict]) -> None:
+    """COCO's precision-recall curves for an IoU of 0.5 and of 0.75."""
+    precision = compute_precision(records)
+    for index, threshold in ((0, 0.5), (5, 0.75)) if precision is not None else ():
+        axes.plot(np.linspace(0, 1, 101), precision[index].mean(axis=1), label=f"IoU {threshold}")
+    axes.set(title="Precision and recall", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    axes.legend(frameon=False, loc="lower left")
+
+
+def plot_reliability(axes: plt.Axes, records: Sequence[dict]) -> None:
+    """Share of hits against the score, in ten bins; the size of a point tells how many boxes there are."""
+    table = bin_scores(*collect_scores(records))
+    axes.plot([0, 1], [0, 1], color="grey", lw=1)
+    axes.scatter(table.score, table.hits, s=300 * table.boxes / max(1, table.boxes.sum()) + 10, color=BAR_COLOUR)
+    error = calibration_error(records)
+    title = "Reliability" if error is None else f"Reliability: error {error:.2f}"
+    axes.set(title=title, xlabel="score", ylabel="share of hits", xlim=(0, 1), ylim=(0, 1.02))

@@ -177,16 +177,57 @@ def compute_map(records: Sequence[dict], policy: str = "merge") -> dict[str, flo
     The mean is over labels that occur in the truth; at most 100 boxes of a picture and label count
     (cocodataset.org/#detection-eval).
     """
+    precision = compute_precision(records, policy)
+    if precision is None:
+        return dict.fromkeys(["mAP", "mAP50", "mAP75"])
+    return {"mAP": float(precision.mean()), "mAP50": float(precision[0].mean()), "mAP75": float(precision[5].mean())}
+
+
+def compute_precision(records: Sequence[dict], policy: str = "merge") -> np.ndarray | None:
+    """COCO's precision at (10 IoU thresholds, 101 recalls from 0 to 1, labels of the truth); None without true boxes."""
     dataset, found = to_coco(records, policy)
     if not dataset["annotations"]:
-        return dict.fromkeys(["mAP", "mAP50", "mAP75"])
+        return None
     truth = COCO(dataset)
     evaluation = COCOeval_faster(truth, truth.loadRes(found), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # 10 thresholds, 101 recalls, labels; boxes of all sizes
-    precision = precision[:, :, (precision > -1).all(axis=(0, 1))]  # -1: a label without true boxes
-    return {"mAP": float(precision.mean()), "mAP50": float(precision[0].mean()), "mAP75": float(precision[5].mean())}
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # boxes of all sizes
+    return precision[:, :, (precision > -1).all(axis=(0, 1))]  # -1: a label without true boxes
+
+
+def collect_scores(records: Sequence[dict], threshold: float = 0.5, policy: str = "merge") -> tuple[np.ndarray, ...]:
+    """Score of every predicted box, and whether it hit a true one; a box without a score is left out."""
+    scores, hits = [], []
+    for record in records:
+        truth, prediction = apply_policy(record, policy)
+        ious = compute_ious(truth, prediction)
+        rows, columns = assign_boxes(ious, threshold)
+        hit = {column for row, column in zip(rows, columns, strict=True) if ious[row, column] >= threshold}
+        for column, thing in enumerate(prediction):
+            if "score" in thing:
+                scores.append(thing["score"])
+                hits.append(column in hit)
+    return np.array(scores, dtype=float), np.array(hits, dtype=bool)
+
+
+def bin_scores(scores: np.ndarray, hits: np.ndarray, bins: int = 10) -> pd.DataFrame:
+    """Boxes by score in bins of equal width: how many, their mean score, and the share of them that hit."""
+    number = np.minimum((scores * bins).astype(int), bins - 1)
+    table = pd.DataFrame({"bin": number, "score": scores, "hit rate": hits})
+    return table.groupby("bin").agg(boxes=("score", "size"), score=("score", "mean"), hits=("hit rate", "mean"))
+
+
+def calibration_error(records: Sequence[dict], threshold: float = 0.5, policy: str = "merge") -> float | None:
+    """Expected calibration error: mean distance of score and hit rate over ten bins; None without scored boxes.
+
+    Guo et al., "On Calibration of Modern Neural Networks", 2017, equation 5.
+    """
+    scores, hits = collect_scores(records, threshold, policy)
+    if not len(scores):
+        return None
+    table = bin_scores(scores, hits)
+    return float(np.average((table.score - table.hits).abs(), weights=table.boxes))
 
 
 def summarize_labels(records: Sequence[dict], threshold: float = 0.5) -> dict[str, dict[str, float | None]]:

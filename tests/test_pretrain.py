@@ -38,7 +38,7 @@ def test_shortcut_loss_is_the_models_own_loss(model, processor, monkeypatch):
     pixels = torch.randint(0, 255, (3, 3, 252, 196), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     box = (0.1, 0.2, 0.5, 0.75)
     group = {"pixels": pixels, "objects": [[("logo", box)], [("barcode", box)], [("logo", box)]]}
-    questions = pretrain.build_questions(group, processor, everything=False)
+    questions = pretrain.build_questions(group, processor, "one")
     monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: torch.arange(3))
     monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: torch.tensor(0.9))  # not mirrored
     with torch.no_grad(), pretrain.same_size_attention():
@@ -56,7 +56,7 @@ def test_shortcut_loss_is_the_models_own_loss(model, processor, monkeypatch):
     assert shortcut.item() == pytest.approx(own.item(), abs=1e-4)
 
 
-def test_nutrition_tables_are_never_asked_for_and_seldom_shown(processor):
+def test_nutrition_tables_are_never_located_and_seldom_shown(processor):
     box = (0.1, 0.1, 0.9, 0.9)
     pixels = torch.zeros((10, 3, 224, 224), dtype=torch.uint8)
     group = {"pixels": pixels, "objects": [[(TABLE_LABEL, box), ("logo", box)]] * 10}
@@ -66,15 +66,23 @@ def test_nutrition_tables_are_never_asked_for_and_seldom_shown(processor):
     assert covered[1:].any(dim=(0, 1, 2)).tolist() == [kind == "logo" for kind in pretrain.KINDS]
     assert counted[0].all()
     assert (~counted[1]).sum() == 6 * 6  # 8 x 8 tokens, the table spans the centres from 0.1 to 0.9
-    for everything in (False, True):
-        questions = pretrain.build_questions(group, processor, everything)
+    for kind in ("one", "everything"):
+        questions = pretrain.build_questions(group, processor, kind)
         assert "nutrition" not in processor.tokenizer.decode(questions["tokens"].flatten().tolist())
 
 
+def test_names_are_asked_for_without_boxes(processor):
+    group = {"objects": [[(TABLE_LABEL, (0.1, 0.1, 0.9, 0.9))]] * len(pretrain.KINDS)}
+    questions = pretrain.ask_about(group, "name")
+    table = questions[pretrain.KINDS.index(TABLE_LABEL)]
+    assert table[1] == "Write the label of the nutrition table."
+    assert table[2] == table[3] == "<|object_ref_start|>nutrition-table<|object_ref_end|><|im_end|>"
+    assert not [answer for *_, plain, mirrored in questions for answer in (plain, mirrored) if "box" in answer]
+
+
 def test_every_fourth_picture_is_asked_about_in_plain_words():
-    assert pretrain.wording_for(2, "logo") == PROMPT
-    assert pretrain.wording_for(3, "logo") == "Detect the bounding box of the {label}."
-    assert pretrain.wording_for(3, pretrain.EVERYTHING) == PROMPT
+    assert pretrain.wording_for(2) == PROMPT
+    assert pretrain.wording_for(3) == "Detect the bounding box of the {label}."
 
 
 def test_mirrored_boxes(processor):

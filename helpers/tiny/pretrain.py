@@ -1,17 +1,18 @@
 """Pretrain the tiny Qwen2-VL base that ships with this repository, from nothing, on drawn food packages.
 
-    python -m helpers.tiny.pretrain                      # one GPU, 13 minutes, writes helpers/tiny/base
+    python -m helpers.tiny.pretrain                      # one GPU, ten minutes, writes helpers/tiny/base
     python -m helpers.tiny.pretrain --smoke --output /tmp/base  # a minute on a CPU, to see that the code runs
 
 The result is an ordinary `Qwen2VLForConditionalGeneration` folder. It finds the objects in `packages.LABELS`;
-nutrition tables are in the pictures, but never asked for and never an answer: that is what fine-tuning is to teach.
+nutrition tables are in the pictures, but the model is never told where: that is what fine-tuning is to teach.
 
 Two phases, because a language model of this size does not learn coordinates from the loss on a few digits alone (5,000
 steps of that gave nothing):
 1. the vision tower, through a throw-away linear head: each token tells which objects cover it, and their boxes; in one
    picture of ten this includes the nutrition table, so that the tower has seen some, as a real one has;
-2. the whole model, next-token loss on answers to "Detect every barcode …" (in a quarter of the pictures: "Detect the
-   bounding box of the barcode.") and "Detect every object …".
+2. the whole model, next-token loss on answers to "Detect every barcode …" (for a quarter of the pictures "Detect the
+   bounding box of the barcode."), to "Detect every object …", and to "Write the label of the barcode.", which gives the
+   language model the words, that of nutrition tables among them.
 
 Python overhead would dominate at this size, so all pictures live on the GPU, batches hold pictures of one size, and
 token positions are computed once per size.
@@ -73,6 +74,7 @@ KINDS = [*LABELS, TABLE_LABEL]  # what the vision tower is shown in phase 1
 TABLE_EVERY = 10  # one picture in so many shows the tower its nutrition table; of the others nothing is said
 FIRST_SEED = 10**9  # pictures from here on are for pretraining; those of datasets come before
 FIRST_UNSEEN_SEED = 2 * 10**9  # and those from here on are for the scores
+NAMING_PROMPT = "Write the label of the {label}."
 EVERYTHING = "object"  # "Detect every object …" is answered with all of LABELS
 MODEL_CARD = """---
 license: apache-2.0
@@ -95,11 +97,12 @@ pixels each:
 1. {vision_steps:,} steps of {batch_size} pictures: the vision tower, through a linear head that was thrown away (per
    token: which objects cover it, and their boxes; one picture in {table_every} tells of its nutrition table too, in
    the others the tokens on it do not count);
-2. {answer_steps:,} steps of {batch_size} questions: everything, next-token loss on answers to "Detect every barcode …"
-   or "Detect the bounding box of the barcode." (one label) and "Detect every object …" (all of them).
+2. {answer_steps:,} steps of {batch_size} questions: all weights, next-token loss on answers to "Detect every barcode
+   …" or "Detect the bounding box of the barcode." (one label), "Detect every object …" (all of them), and "Write the label
+   of the barcode." (its name, no box).
 
-So the vision tower has seen nutrition tables, but they were never asked for and never in an answer: the language model
-knows no word for them. That is left for fine-tuning.
+So the vision tower has seen nutrition tables and the language model knows what they are called, but in no answer was
+ever the box of one: to bring the two together is left for fine-tuning.
 
 ## Scores
 
@@ -122,9 +125,9 @@ def prompt_for(label: str, wording: str = PROMPT) -> str:
     return wording.format(label=label.replace("-", " "))
 
 
-def wording_for(picture: int, label: str) -> str:
+def wording_for(picture: int) -> str:
     """Every fourth picture is asked about in the plain words, which say nothing of the format."""
-    return PLAIN_PROMPT if picture % 4 == 3 and label != EVERYTHING else PROMPT
+    return PLAIN_PROMPT if picture % 4 == 3 else PROMPT
 
 
 # Model, tokenizer, processor
@@ -134,7 +137,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
     """Qwen2's tokenizer (byte-level BPE, one token per digit) with a few hundred merges of its own."""
     labels = [*LABELS, TABLE_LABEL, EVERYTHING]
     corpus = [
-        f"{message}\n{prompt_for(label)}\n{prompt_for(label, PLAIN_PROMPT)}\n{label}"
+        "\n".join([message, label, *(prompt_for(label, words) for words in (PROMPT, PLAIN_PROMPT, NAMING_PROMPT))])
         for label in labels
         for message in ("system", "user", "assistant")
     ]
@@ -352,23 +355,37 @@ def pretrain_vision(model, processor, groups: Sequence[dict], steps: int, batch_
 # Phase 2: questions and answers
 
 
-def build_questions(group: dict, processor: Qwen2VLProcessor, everything: bool) -> dict:
+def ask_about(group: dict, kind: str) -> list[tuple[int, str, str, str]]:
+    """Questions of a kind, "one", "everything" or "name": picture number, prompt, answer plain and mirrored."""
+    asked = []
+    for picture, objects in enumerate(group["objects"]):
+        known = [thing for thing in objects if thing[0] != TABLE_LABEL]
+        if kind == "one":
+            subjects = [(prompt_for(thing[0], wording_for(picture)), [thing]) for thing in known]
+            asked += [(picture, prompt, answer_text(o), answer_text(flip(o))) for prompt, o in subjects]
+        elif kind == "everything" and known:
+            asked.append((picture, prompt_for(EVERYTHING), answer_text(known), answer_text(flip(known))))
+        elif kind == "name":
+            label = KINDS[picture % len(KINDS)]
+            name = f"<|object_ref_start|>{label}<|object_ref_end|><|im_end|>"
+            asked.append((picture, prompt_for(label, NAMING_PROMPT), name, name))
+    return asked
+
+
+def build_questions(group: dict, processor: Qwen2VLProcessor, kind: str) -> dict:
     """Token ids (plain or mirrored, questions, length) padded on the right, starts of answers, picture numbers."""
     tokenizer = processor.tokenizer
     height, width = group["pixels"].shape[2:]
     image_tokens = "<|image_pad|>" * (height // TOKEN * (width // TOKEN))
-    asked = []
-    for picture, objects in enumerate(group["objects"]):
-        known = [thing for thing in objects if thing[0] != TABLE_LABEL]
-        asked += [(picture, EVERYTHING, known)] * bool(known) if everything else [(picture, o[0], [o]) for o in known]
-    prompts = [prompt_for(label, wording_for(picture, label)) for picture, label, _ in asked]
+    asked = ask_about(group, kind)
+    prompts = [prompt for _, prompt, _, _ in asked]
     heads = {
         prompt: processor.apply_chat_template(to_conversation(prompt), add_generation_prompt=True)
         .replace("<|image_pad|>", image_tokens)
         for prompt in set(prompts)
     }  # fmt: skip
     starts = {prompt: len(tokenizer.encode(text)) for prompt, text in heads.items()}
-    answers = [answer_text(view(objects)) for view in (list, flip) for _, _, objects in asked]
+    answers = [question[view] for view in (2, 3) for question in asked]
     texts = [heads[prompt] + answer for prompt, answer in zip(prompts * 2, answers, strict=True)]
     rows = [torch.tensor(ids, dtype=torch.int16) for ids in tokenizer(texts)["input_ids"]]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
@@ -377,7 +394,7 @@ def build_questions(group: dict, processor: Qwen2VLProcessor, everything: bool) 
         "pixels": group["pixels"],
         "tokens": tokens.reshape(2, len(asked), -1).to(device),
         "start": torch.tensor([starts[prompt] for prompt in prompts], device=device),
-        "picture": torch.tensor([picture for picture, _, _ in asked], device=device),
+        "picture": torch.tensor([picture for picture, *_ in asked], device=device),
         "grid": torch.tensor([[1, height // 14, width // 14]]),
     }
 
@@ -416,12 +433,13 @@ def text_positions(model, ids: torch.Tensor, grid: torch.Tensor) -> torch.Tensor
 
 
 def pretrain_answers(model, processor, groups: Sequence[dict], steps: int, batch_size: int, lr: float) -> None:
-    """Phase 2: train everything; a third of the batches ask for every object at once."""
-    tables = [[build_questions(group, processor, everything) for group in groups] for everything in (False, True)]
+    """Phase 2: train everything; a third of the batches ask for every object at once, one in ten for a name."""
+    shares = {"one": 0.57, "everything": 0.33, "name": 0.1}
+    tables = [[build_questions(group, processor, kind) for group in groups] for kind in shares]
     counts = [[len(questions["picture"]) for questions in table] for table in tables]
 
     def loss_of_batch() -> torch.Tensor:
-        kind = int(torch.rand(()) < 1 / 3)
+        kind = int(torch.multinomial(torch.tensor(list(shares.values())), 1))
         return answer_loss(model, processor, pick_group(tables[kind], counts[kind]), batch_size)
 
     optimize(list(model.parameters()), loss_of_batch, steps, lr, "answers", groups[0]["pixels"].device.type)
@@ -528,9 +546,9 @@ def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=BASE)
-    parser.add_argument("--pictures", type=int, default=60_000)
-    parser.add_argument("--vision-steps", type=int, default=8_000)
-    parser.add_argument("--answer-steps", type=int, default=13_000)
+    parser.add_argument("--pictures", type=int, default=44_000)
+    parser.add_argument("--vision-steps", type=int, default=6_500)
+    parser.add_argument("--answer-steps", type=int, default=9_500)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--score-pictures", type=int, default=256)
     parser.add_argument("--score-only", action="store_true", help="score what is in --output")
