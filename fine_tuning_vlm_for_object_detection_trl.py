@@ -1234,12 +1234,9 @@ def summarize_memory(model: PreTrainedModel) -> pd.DataFrame:
 
 
 # %%
-model = load_model(MODEL_ID, quantized=False, dtype=best_dtype())
-plain_memory = summarize_memory(model)
-del model
-release_memory()
 model = load_model(MODEL_ID, quantized=True, dtype=best_dtype())
-pd.concat({f"{best_dtype()}".removeprefix("torch."): plain_memory, "NF4": summarize_memory(model)}, axis=1)
+plain = summarize_memory(empty_model.to(best_dtype()))
+pd.concat({str(best_dtype()).removeprefix("torch."): plain, "NF4": summarize_memory(model)}, axis=1)
 
 # %% [markdown]
 # Two NF4 weights share one `uint8`. Norms and embeddings stay in the chosen dtype.
@@ -1669,7 +1666,7 @@ def compute_map(records: Sequence[dict], policy: str = "merge") -> dict[str, flo
 
 
 def compute_precision(records: Sequence[dict], policy: str = "merge") -> np.ndarray | None:
-    """COCO's precision at (10 IoU thresholds, 101 recalls from 0 to 1, labels of the truth); None without true boxes."""
+    """COCO's precision at (10 IoU thresholds, 101 recalls in 0..1, labels of the truth); None without true boxes."""
     dataset, found = to_coco(records, policy)
     if not dataset["annotations"]:
         return None
@@ -2128,7 +2125,7 @@ def is_labelled_box(value: object) -> bool:
 
 
 def build_report(records: Sequence[dict], threshold: float, policy: str) -> dict:
-    """All figures, calibration, intervals, errors by kind, figures by label where these count and there are several."""
+    """All figures, calibration, intervals, errors by kind; figures by label where labels count and there are many."""
     labels = summarize_labels(records, threshold) if policy == "multi-class" else {}
     return summarize(records, threshold, policy) | {
         "calibration_error": calibration_error(records, threshold, policy),
@@ -2194,8 +2191,6 @@ base_records = {
     for kind, prompt in prompts.items()
 }
 save_results(output_dir / "base", base_records["with the format"])
-del model
-release_memory()
 compare_table(base_records).T
 
 # %%
@@ -2224,27 +2219,26 @@ def measure_agreement(records: Sequence[dict], reference: Sequence[dict]) -> flo
 
 
 # %%
-def ask_as_loaded(quantized: bool, kept_modules: Sequence[str]) -> dict:
-    """Load the base in one precision; its size, its IoU on the held-back pictures, its answers about all objects."""
-    model = load_model(MODEL_ID, quantized, best_dtype(), kept_modules)
-    ask = [evaluate_model(model, processor, watch_rows, prompts[kind], EVAL_BATCH_SIZE, MAX_NEW_TOKENS)
-           for kind in ("with the format", "all objects")]  # fmt: skip
+def ask_as_loaded(model: PreTrainedModel) -> dict:
+    """Size of a model, its IoU on the held-back pictures, and its answers about all objects."""
+    about_tables, about_all = [
+        evaluate_model(model, processor, watch_rows, prompts[kind], EVAL_BATCH_SIZE, MAX_NEW_TOKENS)
+        for kind in ("with the format", "all objects")
+    ]
     megabytes = summarize_memory(model)["megabytes"].sum()
-    return {"megabytes": megabytes, "mean_iou": summarize(ask[0])["mean_iou"], "all_objects": ask[1]}
+    return {"megabytes": megabytes, "mean_iou": summarize(about_tables)["mean_iou"], "about_all": about_all}
 
 
-loads = {"not quantised": (False, KEPT_MODULES), "NF4, vision in 16 bits": (True, KEPT_MODULES),
-         "NF4 everywhere": (True, ("lm_head",))}  # fmt: skip
-ablation = {}
-for kind, (quantized, kept_modules) in loads.items():
-    ablation[kind] = ask_as_loaded(quantized, kept_modules)
+ablation = {"NF4, vision in 16 bits": ask_as_loaded(model)}
+del model
+release_memory()
+for kind, quantized, kept_modules in [("NF4 everywhere", True, ["lm_head"]), ("not quantised", False, KEPT_MODULES)]:
+    ablation[kind] = ask_as_loaded(load_model(MODEL_ID, quantized, best_dtype(), kept_modules))
     release_memory()
-    answers_about_all = ablation[kind].pop("all_objects")
-    if kind == "not quantised":
-        reference_answers = answers_about_all
-    ablation[kind]["agreement with not quantised"] = measure_agreement(answers_about_all, reference_answers)
-pd.DataFrame(ablation).T.style.format({"megabytes": "{:,.1f}", None: "{:.3f}"}).format("{:.3f}", subset=[
-    "mean_iou", "agreement with not quantised"])  # fmt: skip
+reference = ablation["not quantised"]["about_all"]
+for line in ablation.values():
+    line["agreement with not quantised"] = measure_agreement(line.pop("about_all"), reference)
+pd.DataFrame(ablation).T.style.format({"megabytes": "{:,.1f}"}, precision=3)
 
 # %% [markdown]
 # ## 10. Training
@@ -2609,9 +2603,9 @@ def describe_difference(records: Sequence[dict], others: Sequence[dict]) -> str:
 
 
 # %%
-def compare_collators() -> dict[str, dict[str, float]]:
+def compare_collators() -> None:
     """Train and evaluate one model per collator, with all else equal."""
-    recipe, metrics = RECIPES["r1-llm-only"], {}
+    recipe = RECIPES["r1-llm-only"]
     steps = min(COLLATOR_STEPS, MAX_STEPS) if MAX_STEPS > 0 else COLLATOR_STEPS
     for variant, collator in COLLATORS.items():
         config = create_training_config(
@@ -2621,14 +2615,12 @@ def compare_collators() -> dict[str, dict[str, float]]:
             recipe, MODEL_ID, processor, train_dataset, watch_dataset, config, collator(processor), watch()
         )
         release_memory()
-        metrics[variant] = load_and_evaluate_demo(
-            folder, processor, eval_rows, question, EVAL_BATCH_SIZE, MAX_NEW_TOKENS
-        )
-    return metrics
+        load_and_evaluate_demo(folder, processor, eval_rows, question, EVAL_BATCH_SIZE, MAX_NEW_TOKENS)
+        release_memory()
 
 
-collator_metrics = compare_collators() if COLLATOR_STEPS else {}
-pd.DataFrame(collator_metrics).T
+if COLLATOR_STEPS:
+    compare_collators()
 
 
 # %%
@@ -2654,14 +2646,15 @@ def plot_training(folders: Iterable[Path]) -> plt.Figure:
 
 
 # %%
-if collator_metrics:
-    plot_training([output_dir / "collators" / variant for variant in collator_metrics])
+if COLLATOR_STEPS:
+    plot_training([output_dir / "collators" / variant for variant in COLLATORS])
     plt.show()
 
 # %%
-if collator_metrics:
-    v1, v2 = [load_records(output_dir / "collators" / variant) for variant in COLLATORS]
-    print("v2-assistant-only against v1-all-tokens, same pictures:", describe_difference(v1, v2))
+by_collator = {variant: load_records(output_dir / "collators" / variant) for variant in COLLATORS if COLLATOR_STEPS}
+if by_collator:
+    print("v2-assistant-only against v1-all-tokens:", describe_difference(*by_collator.values()))
+compare_table(by_collator).T if by_collator else "COLLATOR_STEPS is 0: left out"
 
 # %% [markdown]
 # The recipes below use `AssistantOnlyCollator`, whichever way this run came out: the question is the same in every
@@ -2946,9 +2939,8 @@ for asked, (one, other) in questions_asked.items():
 
 # %%
 #| export deployment
-def merge_adapter(folder: Path, target: Path, processor: Qwen2VLProcessor) -> None:
-    """Write the model of `folder` without adapters, in 16 bits (32 on a CPU), with its processor, into `target`."""
-    model = load_trained_model(folder, quantized=False)
+def save_merged(model: PreTrainedModel | PeftModel, target: Path, processor: Qwen2VLProcessor) -> None:
+    """Write a model without its adapters, if it has any, and its processor into `target`. Not for 4-bit bases."""
     if isinstance(model, PeftModel):
         model = model.merge_and_unload(safe_merge=True)
     model.save_pretrained(target)
@@ -2956,29 +2948,30 @@ def merge_adapter(folder: Path, target: Path, processor: Qwen2VLProcessor) -> No
 
 
 # %%
-merged_dir = output_dir / "merged"
-merge_adapter(output_dir / best, merged_dir, processor)
-release_memory()
-
-
 def evaluate_folder(model: PreTrainedModel) -> list[dict]:
     """Ask a model about the evaluation split."""
     return evaluate_model(model, processor, eval_rows, question, EVAL_BATCH_SIZE, MAX_NEW_TOKENS)
 
 
-parity = {
-    f"{best}, as trained": summarize(trained[best])["mean_iou"],
-    f"{best}, base in 16 bits": summarize(evaluate_folder(load_trained_model(output_dir / best, quantized=False)))[
-        "mean_iou"
-    ],
-}
+merged_dir = output_dir / "merged"
+unmerged = load_trained_model(output_dir / best, quantized=False)
+unmerged_records = evaluate_folder(unmerged)
+save_merged(unmerged, merged_dir, processor)
+del unmerged
 release_memory()
 merged = load_model(str(merged_dir), quantized=False, dtype=best_dtype()).eval()
 merged_records = evaluate_folder(merged)
-parity["merged, saved, loaded"] = summarize(merged_records)["mean_iou"]
-print(parity)
-difference = abs(parity["merged, saved, loaded"] - parity[f"{best}, base in 16 bits"])
+versions = {
+    f"{best}, as trained": trained[best],
+    f"{best}, base not quantised": unmerged_records,
+    "merged, saved, loaded": merged_records,
+}
+compare_table(versions)[["mean_iou", "iou_gt_0.5", "f1", "n"]]
+
+# %%
+difference = abs(summarize(merged_records)["mean_iou"] - summarize(unmerged_records)["mean_iou"])
 assert difference <= 0.01, f"merging changed the model: mean IoU differs by {difference:.3f}"
+print(f"merged against adapter on the same base: mean IoU differs by {difference:.4f}")
 
 # %% [markdown]
 # One call for one picture:

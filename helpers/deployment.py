@@ -10,13 +10,11 @@ from transformers import PreTrainedModel, Qwen2VLProcessor
 from helpers.boxes import resized_size
 from helpers.conversation import SYSTEM_MESSAGE
 from helpers.evaluation import generate, pixel_budget, read_answer, to_questions
-from helpers.loading import load_trained_model
 from helpers.recipes import TrainingRecipe
 
 
-def merge_adapter(folder: Path, target: Path, processor: Qwen2VLProcessor) -> None:
-    """Write the model of `folder` without adapters, in 16 bits (32 on a CPU), with its processor, into `target`."""
-    model = load_trained_model(folder, quantized=False)
+def save_merged(model: PreTrainedModel | PeftModel, target: Path, processor: Qwen2VLProcessor) -> None:
+    """Write a model without its adapters, if it has any, and its processor into `target`. Not for 4-bit bases."""
     if isinstance(model, PeftModel):
         model = model.merge_and_unload(safe_merge=True)
     model.save_pretrained(target)

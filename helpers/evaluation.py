@@ -318,7 +318,7 @@ def is_labelled_box(value: object) -> bool:
 
 
 def build_report(records: Sequence[dict], threshold: float, policy: str) -> dict:
-    """All figures, calibration, intervals, errors by kind, figures by label where these count and there are several."""
+    """All figures, calibration, intervals, errors by kind; figures by label where labels count and there are many."""
     labels = summarize_labels(records, threshold) if policy == "multi-class" else {}
     return summarize(records, threshold, policy) | {
         "calibration_error": calibration_error(records, threshold, policy),

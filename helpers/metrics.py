@@ -184,7 +184,7 @@ def compute_map(records: Sequence[dict], policy: str = "merge") -> dict[str, flo
 
 
 def compute_precision(records: Sequence[dict], policy: str = "merge") -> np.ndarray | None:
-    """COCO's precision at (10 IoU thresholds, 101 recalls from 0 to 1, labels of the truth); None without true boxes."""
+    """COCO's precision at (10 IoU thresholds, 101 recalls in 0..1, labels of the truth); None without true boxes."""
     dataset, found = to_coco(records, policy)
     if not dataset["annotations"]:
         return None

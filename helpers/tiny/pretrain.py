@@ -11,7 +11,7 @@ steps of that gave nothing):
 1. the vision tower, through a throw-away linear head: each token tells which objects cover it, and their boxes; in one
    picture of ten this includes the nutrition table, so that the tower has seen some, as a real one has;
 2. the whole model, next-token loss on answers to "Detect every barcode …" (for a quarter of the pictures "Detect the
-   bounding box of the barcode."), to "Detect every object …", and to "Write the label of the barcode.", which gives the
+   bounding box of the barcode."), "Detect every object …", and "Write the label of the barcode.", which gives the
    language model the words, that of nutrition tables among them.
 
 Python overhead would dominate at this size, so all pictures live on the GPU, batches hold pictures of one size, and
@@ -97,9 +97,9 @@ pixels each:
 1. {vision_steps:,} steps of {batch_size} pictures: the vision tower, through a linear head that was thrown away (per
    token: which objects cover it, and their boxes; one picture in {table_every} tells of its nutrition table too, in
    the others the tokens on it do not count);
-2. {answer_steps:,} steps of {batch_size} questions: all weights, next-token loss on answers to "Detect every barcode
-   …" or "Detect the bounding box of the barcode." (one label), "Detect every object …" (all of them), and "Write the label
-   of the barcode." (its name, no box).
+2. {answer_steps:,} steps of {batch_size} questions: all weights, next-token loss on answers to "Detect every
+   barcode …" or "Detect the bounding box of the barcode." (one label), "Detect every object …" (all of them), and
+   "Write the label of the barcode." (its name, no box).
 
 So the vision tower has seen nutrition tables and the language model knows what they are called, but in no answer was
 ever the box of one: to bring the two together is left for fine-tuning.
