@@ -3057,7 +3057,9 @@ def write_model_card(
         system=SYSTEM_MESSAGE,
         prompt=prompt,
         max_pixels=max_pixels,
-        metrics="\n".join(f"| {name} | {value:.3f} |" for name, value in metrics.items() if value is not None),
+        metrics="\n".join(
+            f"| {name} | {value:.3f} |" for name, value in metrics.items() if name != "n" and value is not None
+        ),
         n=metrics["n"],
     )
     ModelCard(text).save(folder / "README.md")

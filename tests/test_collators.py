@@ -5,7 +5,12 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLProcessor
 
-from helpers.collators import AssistantOnlyCollator, find_assistant_tokens
+from helpers.collators import (
+    AllTokensCollator,
+    AssistantOnlyCollator,
+    analyze_token_distribution,
+    find_assistant_tokens,
+)
 from helpers.conversation import format_answer, to_conversation
 
 
@@ -55,3 +60,27 @@ def test_every_assistant_turn_is_trained(processor):
     ids = torch.tensor([processor.tokenizer.encode(text)])
     mask = find_assistant_tokens(ids, processor.tokenizer)
     assert processor.tokenizer.decode(ids[mask]) == "12<|im_end|>345<|im_end|>"
+
+
+def test_collators_differ_in_labels_alone(processor):
+    examples = [example((224, 224), [1, 2, 3, 4]), example((448, 252), [1, 2, 3, 4])]
+    all_tokens, assistant = AllTokensCollator(processor)(examples), AssistantOnlyCollator(processor)(examples)
+    assert all_tokens.keys() == assistant.keys()
+    assert all(torch.equal(all_tokens[name], assistant[name]) for name in assistant if name != "labels")
+    tokenizer = processor.tokenizer
+    words = tokenizer.decode(all_tokens["labels"][1][all_tokens["labels"][1] != -100])
+    assert words.startswith("<|im_start|>system\nYou are")
+    assert "<|im_start|>user\nDetect every nutrition table.<|im_end|>" in words  # no picture in between
+    assert words.endswith("<|box_end|><|im_end|>\n")
+
+
+def test_token_distribution(processor):
+    examples = [example((224, 224), [1, 2, 3, 4]), example((224, 224), [1, 2, 3, 4], [5, 6, 7, 8])]
+    table = analyze_token_distribution(AssistantOnlyCollator(processor)(examples), processor.tokenizer)
+    assert table.loc["picture"].tolist() == [2 * (64 + 2), 0]
+    assert table.loc["end of turn"].tolist() == [2, 2]
+    assert table.loc["answer"].tolist() == [3 * 15, 3 * 15]
+    assert table.loc["padding", "tokens"] >= 15
+    assert table.loc["system message, question, roles", "trained"] == 0
+    table = analyze_token_distribution(AllTokensCollator(processor)(examples), processor.tokenizer)
+    assert (table.trained == table.tokens * [0, 1, 1, 1, 0]).all()

@@ -8,7 +8,20 @@ from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from helpers.data import drop_bad_rows, find_bad_rows, load_rows, read_row, to_training_dataset
+from helpers.data import (
+    count_tokens,
+    describe_boxes,
+    describe_pictures,
+    drop_bad_rows,
+    drop_shared_barcodes,
+    find_bad_rows,
+    hold_back,
+    load_rows,
+    read_barcodes,
+    read_row,
+    to_training_dataset,
+    upright_sizes,
+)
 
 BOX = [0.25, 0.1, 0.75, 0.5]  # y_min, x_min, y_max, x_max
 
@@ -130,3 +143,51 @@ def test_a_picture_is_mirrored_anew_each_time():
 
 def test_the_tiny_dataset_is_a_dataset_dict(dataset_folder):
     assert isinstance(load_dataset(str(dataset_folder)), DatasetDict)
+
+
+def with_barcodes(*barcodes):
+    rows = rows_of(*[(PICTURE, [BOX])] * len(barcodes))
+    return rows.add_column("meta", [{"barcode": barcode} for barcode in barcodes])
+
+
+def test_packages_of_the_evaluation_split_are_not_trained_on(capsys):
+    rows, others = with_barcodes("1", "2", "2", None), with_barcodes("2", "3", None)
+    assert read_barcodes(drop_shared_barcodes(rows, others)) == ["1", None]
+    assert capsys.readouterr().out.startswith("2 training pictures show a package of the evaluation split")
+    assert read_barcodes(rows_of((PICTURE, [BOX]))) == [None]
+
+
+def test_held_back_pictures_share_no_barcode_with_the_others():
+    rows = with_barcodes(*[str(number // 3) for number in range(30)], None, None)
+    kept, held = hold_back(rows, 6, seed=1)
+    assert len(kept) + len(held) == 32
+    assert 6 <= len(held) <= 18
+    assert not set(read_barcodes(kept)) & (set(read_barcodes(held)) - {None})
+    assert hold_back(rows, 6, seed=1)[1]["image_id"] == held["image_id"]
+    with pytest.raises(ValueError, match="WATCH_SAMPLES=100 leaves nothing to train on: 32 rows in all"):
+        hold_back(rows, 100, seed=1)
+
+
+def test_sizes_are_those_of_the_upright_picture():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its right side
+    turned = encode(Image.new("RGB", (40, 80)), exif=exif)
+    rows = rows_of((PICTURE, [BOX]), (turned, [BOX]))
+    assert upright_sizes(rows) == [(40, 80), (80, 40)]
+    pictures = describe_pictures(rows)
+    assert pictures.orientation.tolist() == [1, 6]
+    assert pictures.width.tolist() == [40, 80] == [read_row(row)[0].width for row in rows]
+
+
+def test_boxes_are_described_as_displayed():
+    boxes = describe_boxes(rows := rows_of((PICTURE, [BOX, BOX])), describe_pictures(rows))
+    assert boxes.picture.tolist() == [0, 0]
+    assert boxes.iloc[0][["x1", "y1", "x2", "y2"]].tolist() == pytest.approx([0.1, 0.25, 0.5, 0.75])
+    assert boxes.area[0] == pytest.approx(0.4 * 0.5)
+    assert boxes.aspect[0] == pytest.approx(16 / 40)  # 0.4 of 40 pixels wide, 0.5 of 80 pixels high
+
+
+def test_tokens_within_a_budget():
+    pictures = describe_pictures(rows_of((encode(Image.new("RGB", (400, 300))), [BOX])))
+    assert count_tokens(pictures, 4 * 28**2, 16384 * 28**2).tolist() == [154]
+    assert count_tokens(pictures, 4 * 28**2, 64 * 28**2)[0] <= 64

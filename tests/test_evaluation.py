@@ -10,7 +10,19 @@ from transformers import Qwen2VLProcessor
 
 from helpers import evaluation
 from helpers.conversation import PROMPT
-from helpers.evaluation import evaluate_model, generate_answers, main, save_comparison, save_results, to_record
+from helpers.evaluation import (
+    Answer,
+    evaluate_model,
+    generate,
+    generate_answers,
+    main,
+    measure_agreement,
+    prepare_ahead,
+    save_comparison,
+    save_results,
+    to_questions,
+    to_record,
+)
 from helpers.loading import load_model
 from helpers.tiny.packages import draw_package
 
@@ -87,6 +99,63 @@ def test_picture_of_a_unit_size_is_answered(base):
     assert len(generate_answers(model, processor, [Image.new("RGB", (1, 1))], "?", 4)) == 1
 
 
+def test_scores_are_the_models_own_probabilities(base):
+    model = load_model(str(base), quantized=False, dtype=torch.float32).eval()
+    processor = Qwen2VLProcessor.from_pretrained(base)
+    images = [draw_package(seed)[0] for seed in range(3)]
+    prompt = PROMPT.format(label="barcode")
+    batch = generate(model, processor.tokenizer, to_questions(images, processor, prompt), 40)
+    alone = generate(model, processor.tokenizer, to_questions(images[1:2], processor, prompt), 40)[0]
+    assert batch[1].text == alone.text
+    assert batch[1].probabilities == pytest.approx(alone.probabilities, abs=1e-4)
+    # the same probabilities from one forward pass over question and answer
+    tokens = processor.tokenizer.encode(alone.text)
+    questions = to_questions(images[1:2], processor, prompt)
+    questions["input_ids"] = torch.cat([questions["input_ids"], torch.tensor([tokens])], dim=1)
+    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+        questions[name] = torch.cat([questions[name], torch.full((1, len(tokens)), value)], dim=1)
+    with torch.no_grad():
+        logits = model(**questions).logits[0, -len(tokens) - 1 : -1]
+    wanted = logits.softmax(-1)[torch.arange(len(tokens)), tokens]
+    assert alone.probabilities == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert alone.ends[-1] == len(alone.text)
+
+
+def test_score_of_a_box_is_the_geometric_mean_of_its_tokens():
+    answer = Answer("a(1,2),(3,4)<|im_end|>", ends=[1, 6, 12, 22], probabilities=[0.1, 0.5, 0.08, 0.9])
+    assert answer.score(1, 12) == pytest.approx(0.2)  # the square root of 0.5 * 0.08
+    record = to_record("a", (Image.new("RGB", (9, 9)), [], []), answer.text, "qwen2_vl", (28, 28), answer.score)
+    assert record["prediction"][0]["score"] == pytest.approx(0.2)
+
+
+def test_order_and_batches_do_not_change_the_records(base, dataset_folder):
+    rows = load_dataset(str(dataset_folder))["val"]
+    model = load_model(str(base), quantized=False, dtype=torch.float32)
+    processor = Qwen2VLProcessor.from_pretrained(base)
+    prompt = PROMPT.format(label="barcode")
+    together, alone = (evaluate_model(model, processor, rows, prompt, size, 40) for size in (None, 1))
+    assert [r["id"] for r in together] == rows["image_id"]
+    assert [(r["id"], r["raw"]) for r in together] == [(r["id"], r["raw"]) for r in alone]
+
+
+def test_the_next_batch_is_prepared_while_this_one_is_used():
+    done = []
+    items = prepare_ahead(lambda number: done.append(number) or number, range(4))
+    assert next(items) == 0
+    while len(done) < 2:  # the thread goes on by itself
+        pass
+    assert list(items) == [1, 2, 3]
+    assert done == [0, 1, 2, 3]
+    with pytest.raises(ZeroDivisionError):
+        list(prepare_ahead(lambda number: 1 / number, [1, 0]))
+
+
+def test_agreement_of_two_models():
+    same, other, nothing = record([[0, 0, 10, 10]]), record([[0, 0, 10, 5]]), record([])
+    assert measure_agreement([same, nothing], [same, nothing]) == 1
+    assert measure_agreement([other, same], [same, nothing]) == 0.25
+
+
 # The command
 
 LINES = [
@@ -131,7 +200,7 @@ def test_command_gives_the_figures_computed_by_hand(tmp_path, capsys):
 def test_command_prints_a_table(tmp_path, capsys):
     main(["--predictions", write_lines(tmp_path / "p.jsonl", LINES), "--iou", "0.9"])
     printed = capsys.readouterr().out
-    assert "precision         0.200  [" in printed  # one of five
+    assert "precision          0.200  [" in printed  # one of five
     assert "4 pictures; hits from IoU 0.9 on; labels: merge" in printed
 
 
@@ -148,7 +217,7 @@ def test_command_reads_what_was_saved(tmp_path, capsys):
     metrics = save_results(tmp_path, records)
     main(["--predictions", str(tmp_path / "predictions.jsonl"), "--json"])
     report = json.loads(capsys.readouterr().out)
-    assert {name: report[name] for name in metrics} == metrics
+    assert report == json.loads(json.dumps(metrics))  # JSON has no tuples
 
 
 GOOD = {"id": 1, "width": 10, "height": 10, "raw": "", "truth": []}

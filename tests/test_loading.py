@@ -4,7 +4,18 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.loading import best_dtype, check_quantization, load_model, load_processor
+from helpers.loading import (
+    best_dtype,
+    build_empty_model,
+    check_quantization,
+    find_modules_by_pattern,
+    list_linear_modules,
+    load_model,
+    load_processor,
+    summarize_memory,
+    summarize_trainables_by_area,
+)
+from helpers.recipes import LLM_LAYERS, VISION_LAYERS
 
 
 def linear4bit(model):
@@ -23,14 +34,14 @@ def test_only_the_language_model_is_quantized(base):
 def test_quantized_vision_is_refused(base):
     model = load_model(str(base), quantized=True, dtype=torch.float32)
     model.model.visual.blocks[0].mlp.fc1 = model.model.language_model.layers[0].mlp.up_proj
-    with pytest.raises(RuntimeError, match=r"4-bit layers: 42 in all, \['model.visual.blocks.0.mlp.fc1'\]"):
+    with pytest.raises(RuntimeError, match=r"1 of 68 .* wrong precision, first model\.visual\.blocks\.0\.mlp\.fc1"):
         check_quantization(model, quantized=True)
 
 
 def test_missing_quantization_is_refused(base):
     model = load_model(str(base), quantized=False, dtype=torch.float32)
     assert linear4bit(model) == []
-    with pytest.raises(RuntimeError, match="4-bit layers: 0 in all"):
+    with pytest.raises(RuntimeError, match="42 of 69 linear layers have the wrong precision"):
         check_quantization(model, quantized=True)
 
 
@@ -54,3 +65,36 @@ def test_impossible_budget(base):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what holds on a CPU; this machine has a GPU")
 def test_dtype_on_a_cpu():
     assert best_dtype() == torch.float32
+
+
+def test_quantization_everywhere_but_in_the_head(base):
+    model = load_model(str(base), quantized=True, dtype=torch.float32, kept_modules=["lm_head"])
+    assert len(linear4bit(model)) == 68
+    assert summarize_memory(model)["layers in 4 bits"].tolist() == ["26 of 26", "42 of 42", "0 of 1"]
+
+
+def test_names_and_counts_need_no_weights(base):
+    model = build_empty_model(str(base))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    table = summarize_trainables_by_area(model)
+    assert table.parameters.to_dict() == {
+        "visual": 3_633_600,
+        "language_model": 2_462_016,
+        "lm_head": 98_304,
+        "other": 0,
+        "total": 6_193_920,
+    }
+    modules = list_linear_modules(model, prefix="model.language_model")
+    assert modules.loc["model.language_model.layers.{i}.self_attn.q_proj"].tolist() == [192, 192, 6]
+    assert len(modules) == 7
+
+
+def test_patterns_separate_the_towers(base):
+    model = build_empty_model(str(base))
+    llm, vision = find_modules_by_pattern(model, LLM_LAYERS), find_modules_by_pattern(model, VISION_LAYERS)
+    assert len(llm) == 6 * 7
+    assert all(name.startswith("model.language_model.layers.") for name in llm)
+    assert len(vision) == 6 * 3
+    assert {name.rpartition(".")[2] for name in vision} == {"qkv", "fc1", "fc2"}
+    # a plain list with "proj", as often seen, would hit the convolution too
+    assert "model.visual.patch_embed.proj" in find_modules_by_pattern(model, r".*\.proj")

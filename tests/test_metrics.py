@@ -13,11 +13,13 @@ from pycocotools.cocoeval import COCOeval
 from helpers.metrics import (
     ERROR_KINDS,
     bootstrap_intervals,
+    calibration_error,
     compare_recipes,
     compare_table,
     compute_figures,
     compute_map,
     count_errors,
+    describe_difference,
     match_boxes,
     resample_weights,
     score_pictures,
@@ -346,3 +348,30 @@ def test_every_box_is_in_one_drawer(seed, policy, threshold):
     predicted = sum(len(record["prediction"]) for record in records)
     assert sum(counts[kind] for kind in ("correct", "shifted", "duplicate", "background")) == predicted
     assert min(counts.values()) >= 0
+
+
+def scored(*scores_and_boxes):
+    prediction = [{"label": "t", "box": box, "score": score} for score, box in scores_and_boxes]
+    return {"id": "a", "truth": [{"label": "t", "box": [0, 0, 10, 10]}], "prediction": prediction}
+
+
+def test_calibration_error_by_hand():
+    hit, miss = [0, 0, 10, 10], [20, 20, 30, 30]
+    # bin 0.9..1: two boxes, mean score 0.95, one hit: distance 0.45; bin 0.2..0.3: one, 0.25, no hit: 0.25
+    records = [scored((0.92, hit), (0.25, miss)), scored((0.98, miss))]
+    assert calibration_error(records) == pytest.approx((2 * 0.45 + 1 * 0.25) / 3)
+    assert calibration_error([scored((1.0, hit))]) == 0
+    assert calibration_error([{"truth": [], "prediction": []}]) is None
+
+
+def test_scores_decide_average_precision():
+    hit, miss = [0, 0, 10, 10], [20, 20, 30, 30]
+    assert compute_map([scored((0.9, hit), (0.1, miss))])["mAP50"] == pytest.approx(1.0)
+    assert compute_map([scored((0.1, hit), (0.9, miss))])["mAP50"] == pytest.approx(0.5)
+
+
+def test_a_difference_is_only_called_one_beyond_the_noise():
+    good = [scored((1.0, [0, 0, 10, 10])) | {"id": str(n)} for n in range(20)]
+    bad = [scored((1.0, [0, 0, 10, 6])) | {"id": str(n)} for n in range(20)]
+    assert describe_difference(bad, good) == "+0.400 [+0.400, +0.400] mean IoU: better"
+    assert describe_difference(good, good) == "+0.000 [+0.000, +0.000] mean IoU: no difference seen"
