@@ -60,6 +60,7 @@ if "google.colab" in sys.modules:
 import argparse
 import gc
 import importlib.metadata
+import itertools
 import json
 import logging
 import math
@@ -69,7 +70,7 @@ import re
 import shutil
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -1257,17 +1258,30 @@ pd.concat({str(best_dtype()).removeprefix("torch."): plain, "NF4": summarize_mem
 
 # %%
 #| export evaluation
-def to_questions(images: Sequence[Image.Image], processor: Qwen2VLProcessor, prompt: str) -> dict[str, torch.Tensor]:
-    """One question per picture as processor tensors, padded on the left."""
+def to_question(image: Image.Image, processor: Qwen2VLProcessor, prompt: str) -> dict[str, torch.Tensor]:
+    """The question about one picture as processor tensors, one row."""
     text = processor.apply_chat_template(to_conversation(prompt), tokenize=False, add_generation_prompt=True)
-    return processor(
-        text=[text] * len(images),
-        images=[[image] for image in images],
-        padding=True,
-        padding_side="left",
-        pad_to_multiple_of=8,
-        return_tensors="pt",
-    )
+    return dict(processor(text=[text], images=[[image]], return_tensors="pt"))
+
+
+def to_batch_of_questions(questions: Sequence[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Rows of `to_question` as one batch, padded on the left to a multiple of 8; equal lengths are not padded."""
+    lengths = [question["input_ids"].shape[1] for question in questions]
+    longest = lengths[0] if len(set(lengths)) == 1 else 8 * -(-max(lengths) // 8)
+    batch = {}
+    for name in questions[0]:
+        rows = [question[name] for question in questions]
+        if name not in ("pixel_values", "image_grid_thw"):
+            value = pad_token_id if name == "input_ids" else 0
+            rows = [torch.nn.functional.pad(row, (longest - row.shape[1], 0), value=value) for row in rows]
+        batch[name] = torch.cat(rows)
+    return batch
+
+
+def to_questions(images: Sequence[Image.Image], processor: Qwen2VLProcessor, prompt: str) -> dict[str, torch.Tensor]:
+    """One question per picture as one batch."""
+    questions = [to_question(image, processor, prompt) for image in images]
+    return to_batch_of_questions(questions, processor.tokenizer.pad_token_id)
 
 
 @dataclass(frozen=True)
@@ -1910,7 +1924,7 @@ def evaluate_model(
 ) -> list[dict]:
     """Ask the model about every row. One record per picture, in the order of the rows: see `to_record`.
 
-    Pictures of like size share a batch; a `batch_size` of None takes what the memory allows; the next batch is
+    Pictures of like size share a batch; a `batch_size` of None takes what the memory allows; the next pictures are
     prepared while the model answers. `group` is the barcode. Raises ValueError for a model of an unknown family.
     """
     model.eval()
@@ -1919,33 +1933,34 @@ def evaluate_model(
     order = sorted(range(len(rows)), key=lambda number: sizes[number][0] * sizes[number][1], reverse=True)
     batch_size = batch_size or choose_batch_size(model, max((w * h for w, h in sizes), default=0))
 
-    def prepare(numbers: Sequence[int]) -> tuple[list[int], list[tuple], dict[str, torch.Tensor]]:
-        examples = [read_row(row) for row in rows.select(numbers)]
-        return numbers, examples, to_questions([image for image, _, _ in examples], processor, prompt)
+    def prepare(number: int) -> tuple[int, tuple, dict[str, torch.Tensor]]:
+        example = read_row(rows[number])
+        return number, example, to_question(example[0], processor, prompt)
 
+    prepared = prepare_ahead(prepare, order, ahead=2 * batch_size)
     records = {}
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     with tqdm(total=len(rows), desc="evaluating", unit="picture", mininterval=1) as progress:
-        for numbers, examples, questions in prepare_ahead(prepare, batches):
+        while batch := list(itertools.islice(prepared, batch_size)):
+            questions = to_batch_of_questions([question for *_, question in batch], processor.tokenizer.pad_token_id)
             answers = generate(model, processor.tokenizer, questions, max_new_tokens)
-            for number, example, answer in zip(numbers, examples, answers, strict=True):
+            for (number, example, _), answer in zip(batch, answers, strict=True):
                 records[number] = to_record("", example, answer.text, family, sizes[number], answer.score)
-            progress.update(len(numbers))
+            progress.update(len(batch))
     named = zip(rows["image_id"], read_barcodes(rows), strict=True)
     return [records[number] | {"id": image_id, "group": group} for number, (image_id, group) in enumerate(named)]
 
 
-def prepare_ahead(function: Callable, items: Iterable) -> Iterator:
-    """`function(item)` for every item; the next one is computed in a thread while the caller uses this one."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        ahead = None
+def prepare_ahead(function: Callable, items: Iterable, ahead: int) -> Iterator:
+    """`function(item)` for every item, in order; up to `ahead` are computed in threads before they are used."""
+    workers = min(8, (os.cpu_count() or 1) // 2) if torch.cuda.is_available() else 1
+    with ThreadPoolExecutor(workers or 1) as pool:
+        waiting = deque()
         for item in items:
-            upcoming = pool.submit(function, item)
-            if ahead is not None:
-                yield ahead.result()
-            ahead = upcoming
-        if ahead is not None:
-            yield ahead.result()
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def choose_batch_size(model: PreTrainedModel, pixels: int) -> int:

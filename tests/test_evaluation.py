@@ -138,16 +138,33 @@ def test_order_and_batches_do_not_change_the_records(base, dataset_folder):
     assert [(r["id"], r["raw"]) for r in together] == [(r["id"], r["raw"]) for r in alone]
 
 
-def test_the_next_batch_is_prepared_while_this_one_is_used():
+def test_the_next_pictures_are_prepared_while_these_are_used():
     done = []
-    items = prepare_ahead(lambda number: done.append(number) or number, range(4))
+    items = prepare_ahead(lambda number: done.append(number) or number, range(4), ahead=2)
     assert next(items) == 0
-    while len(done) < 2:  # the thread goes on by itself
+    while len(done) < 3:  # the thread goes on by itself
         pass
+    assert done == [0, 1, 2]
     assert list(items) == [1, 2, 3]
     assert done == [0, 1, 2, 3]
     with pytest.raises(ZeroDivisionError):
-        list(prepare_ahead(lambda number: 1 / number, [1, 0]))
+        list(prepare_ahead(lambda number: 1 / number, [1, 0], ahead=1))
+
+
+def test_questions_are_padded_on_the_left_and_only_where_lengths_differ(base):
+    processor = Qwen2VLProcessor.from_pretrained(base)
+    small, large = Image.new("RGB", (56, 56)), Image.new("RGB", (112, 84))
+    mixed = to_questions([small, large], processor, "?")
+    alone = to_questions([small], processor, "?")
+    assert mixed["input_ids"].shape[1] % 8 == 0
+    padding = mixed["input_ids"].shape[1] - alone["input_ids"].shape[1]
+    assert padding >= 8
+    assert mixed["attention_mask"][0].tolist() == [0] * padding + [1] * alone["input_ids"].shape[1]
+    assert mixed["input_ids"][0, padding:].tolist() == alone["input_ids"][0].tolist()
+    assert (mixed["input_ids"][0, :padding] == processor.tokenizer.pad_token_id).all()
+    assert mixed["pixel_values"].shape[0] == (4 + 12) * 4
+    equal = to_questions([small, small], processor, "?")
+    assert equal["attention_mask"].all()
 
 
 def test_agreement_of_two_models():
