@@ -283,9 +283,8 @@ def train_and_evaluate(options: argparse.Namespace) -> None:
     release_memory()
     if leave_group() == 0:
         size = (options.eval_batch_size, options.max_new_tokens)
-        metrics = load_and_evaluate_demo(folder, processor, eval_rows, question, *size)
-        compare(options.output_dir)
-        print(f"{folder}: {json.dumps(metrics, indent=2)}")
+        load_and_evaluate_demo(folder, processor, eval_rows, question, *size)
+        print(f"{folder}: {json.dumps(compare(options.output_dir)[folder.name], indent=2)}")
 
 
 def leave_group() -> int:
@@ -297,14 +296,16 @@ def leave_group() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def compare(output_dir: Path) -> None:
-    """Write `comparison.json`, one process at a time: recipes that run side by side may end together."""
+def compare(output_dir: Path) -> dict[str, dict]:
+    """Write and return `comparison.json`, one process at a time: recipes that run side by side may end together."""
     from helpers.evaluation import save_comparison
 
     handle = os.open(output_dir, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    save_comparison(output_dir)
-    os.close(handle)  # frees the lock
+    try:
+        return save_comparison(output_dir)
+    finally:
+        os.close(handle)  # frees the lock
 
 
 def main(argv: Sequence[str] | None = None) -> int:
