@@ -820,6 +820,16 @@ print(f"picture {image.width} x {image.height} -> grid of patches {inputs['image
 print({name: tuple(tensor.shape) for name, tensor in inputs.items()})
 
 # %% [markdown]
+# The answer, token by token: labels and boxes are framed by tokens of their own, and each digit is one token. A box
+# is at most 20 decisions, most of them between ten digits.
+
+# %%
+answer_tokens = processor.tokenizer.encode(answer + "<|im_end|>")
+pd.DataFrame(
+    [answer_tokens, [processor.tokenizer.decode([token]) for token in answer_tokens]], index=["id", "token"]
+).style.hide(axis="columns")
+
+# %% [markdown]
 # What the budget does to the dataset: `smart_resize` keeps the aspect ratio, rounds both sides to multiples of 28,
 # and shrinks what is above the budget. Left the sizes as they come, right the tokens that remain. Text that is read
 # by its shape survives a good deal of shrinking; boxes that are a few pixels wide do not.
@@ -1091,6 +1101,9 @@ def summarize_trainables_by_area(model: torch.nn.Module) -> pd.DataFrame:
 
 # %%
 empty_model = build_empty_model(MODEL_ID)
+summarize_trainables_by_area(empty_model)[["parameters"]].style.format("{:,}")
+
+# %%
 list_linear_modules(empty_model)
 
 # %% [markdown]
@@ -2308,6 +2321,7 @@ def create_training_config(
         gradient_accumulation_steps=gradient_accumulation_steps,
         gradient_checkpointing=gradient_checkpointing,
         optim="adamw_torch_fused",
+        use_cpu=not torch.cuda.is_available(),  # else torchrun would not connect its processes on a CPU
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         max_length=None,
@@ -2515,10 +2529,17 @@ def save_trained(trainer: SFTTrainer, recipe: TrainingRecipe, started_from: str)
         trainer.model._keys_to_ignore_on_save = set()
     trainer.save_model()
     trainer.save_state()
-    provenance = asdict(recipe) | {"started_from": started_from, "learning_rate": trainer.args.learning_rate}
-    write_text(folder / "recipe.json", json.dumps(provenance | {"steps": trainer.state.global_step}, indent=2) + "\n")
-    for leftover in folder.glob("checkpoint-*"):
-        shutil.rmtree(leftover)
+    provenance = asdict(recipe) | {
+        "started_from": started_from,
+        "learning_rate": trainer.args.learning_rate,
+        "steps": trainer.state.global_step,
+    }
+    trainer.accelerator.wait_for_everyone()  # under torchrun, others may still be reading the best checkpoint
+    if trainer.is_world_process_zero():
+        write_text(folder / "recipe.json", json.dumps(provenance, indent=2) + "\n")
+        for leftover in folder.glob("checkpoint-*"):
+            shutil.rmtree(leftover)
+    trainer.accelerator.wait_for_everyone()  # the next stage reads what the first process wrote
 
 
 def run_two_stage_recipe(
@@ -2534,10 +2555,14 @@ def run_two_stage_recipe(
 ) -> Path:
     """Train the recipe's two stages, the second from the weights of the first; returns the second one's folder.
 
-    With `checkpoint`, a folder that holds a full checkpoint, the first stage is taken from there.
+    With `checkpoint`, a folder that holds a full checkpoint, the first stage is taken from there. Where the second
+    stage was interrupted, the first one is there already.
     """
     first, second = get_recipes(recipe.stages)
     shared = (model_id, processor, train_dataset, watch_dataset)
+    folders = [Path(config.output_dir) for config in configs]
+    if folders[1].is_dir() and get_last_checkpoint(folders[1]) and (folders[0] / "recipe.json").exists():
+        checkpoint = checkpoint or folders[0]
     if checkpoint is None:
         checkpoint = run_recipe(first, *shared, configs[0], collator, callbacks)
         release_memory()

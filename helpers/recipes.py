@@ -172,6 +172,7 @@ def create_training_config(
         gradient_accumulation_steps=gradient_accumulation_steps,
         gradient_checkpointing=gradient_checkpointing,
         optim="adamw_torch_fused",
+        use_cpu=not torch.cuda.is_available(),  # else torchrun would not connect its processes on a CPU
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         max_length=None,
@@ -355,10 +356,17 @@ def save_trained(trainer: SFTTrainer, recipe: TrainingRecipe, started_from: str)
         trainer.model._keys_to_ignore_on_save = set()
     trainer.save_model()
     trainer.save_state()
-    provenance = asdict(recipe) | {"started_from": started_from, "learning_rate": trainer.args.learning_rate}
-    write_text(folder / "recipe.json", json.dumps(provenance | {"steps": trainer.state.global_step}, indent=2) + "\n")
-    for leftover in folder.glob("checkpoint-*"):
-        shutil.rmtree(leftover)
+    provenance = asdict(recipe) | {
+        "started_from": started_from,
+        "learning_rate": trainer.args.learning_rate,
+        "steps": trainer.state.global_step,
+    }
+    trainer.accelerator.wait_for_everyone()  # under torchrun, others may still be reading the best checkpoint
+    if trainer.is_world_process_zero():
+        write_text(folder / "recipe.json", json.dumps(provenance, indent=2) + "\n")
+        for leftover in folder.glob("checkpoint-*"):
+            shutil.rmtree(leftover)
+    trainer.accelerator.wait_for_everyone()  # the next stage reads what the first process wrote
 
 
 def run_two_stage_recipe(
@@ -374,10 +382,14 @@ def run_two_stage_recipe(
 ) -> Path:
     """Train the recipe's two stages, the second from the weights of the first; returns the second one's folder.
 
-    With `checkpoint`, a folder that holds a full checkpoint, the first stage is taken from there.
+    With `checkpoint`, a folder that holds a full checkpoint, the first stage is taken from there; where the second stage
+    was interrupted, it is taken from its own folder.
     """
     first, second = get_recipes(recipe.stages)
     shared = (model_id, processor, train_dataset, watch_dataset)
+    folders = [Path(config.output_dir) for config in configs]
+    if folders[1].is_dir() and get_last_checkpoint(folders[1]) and (folders[0] / "recipe.json").exists():
+        checkpoint = checkpoint or folders[0]
     if checkpoint is None:
         checkpoint = run_recipe(first, *shared, configs[0], collator, callbacks)
         release_memory()

@@ -202,11 +202,10 @@ def test_a_checkpoint_takes_the_place_of_the_first_stage(small, base, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="save_trained: the processes delete the same checkpoints", strict=False)
 def test_torchrun_shares_the_pictures_among_processes(small, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = [*command("--recipe", "r4-joint", *small)[1:]]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     check_results(tmp_path / "out", "r4-joint")
