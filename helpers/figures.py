@@ -42,7 +42,7 @@ def show_pictures(
     """A grid of pictures with true boxes (dashed) and, if given, predicted boxes (solid), all in pixels."""
     lines = -(-len(images) // columns)
     size = (3 * columns, 3.3 * lines)
-    figure, grid = plt.subplots(lines, columns, figsize=size, dpi=80, squeeze=False, layout="constrained")
+    figure, grid = plt.subplots(lines, columns, figsize=size, dpi=60, squeeze=False, layout="constrained")
     for axes in grid.flat:
         axes.axis("off")
     for number, (axes, image) in enumerate(zip(grid.flat, images, strict=False)):
@@ -67,6 +67,7 @@ def plot_boxes(boxes: pd.DataFrame) -> plt.Figure:
     per_picture = boxes.groupby("picture").size().value_counts().sort_index()
     bars = grid[0, 0].bar(per_picture.index.astype(str), per_picture, color=BAR_COLOUR)
     grid[0, 0].bar_label(bars)
+    grid[0, 0].margins(y=0.12)
     grid[0, 0].set(title="Boxes in a picture", xlabel="boxes", ylabel="pictures")
     for axes, name in zip(grid.flat[1:4], ["area", "width", "height"], strict=True):
         axes.hist(boxes[name], bins=np.linspace(0, 1, 26), color=BAR_COLOUR)
@@ -140,7 +141,7 @@ def plot_training(folders: Iterable[Path]) -> plt.Figure:
 
 
 def plot_gradient_norms(folders: Sequence[Path]) -> plt.Figure:
-    """Gradient norm of the vision tower and of the language model over optimiser steps, one line per run."""
+    """Gradient norm (after clipping at 1) of the two towers over optimiser steps, one line per run."""
     figure, grid = plt.subplots(1, 2, figsize=(10, 3), layout="constrained", sharey=True)
     for axes, (area, title) in zip(grid, {"visual": "Vision tower", "language_model": "Language model"}.items(),
                                    strict=True):  # fmt: skip
@@ -148,8 +149,8 @@ def plot_gradient_norms(folders: Sequence[Path]) -> plt.Figure:
             steps, norms = read_log(folder, f"grad_norm_{area}")
             if steps:
                 axes.plot(steps, norms, label=folder.name, color=f"C{number}")
-        axes.set(title=title, xlabel="optimiser step", ylabel="gradient norm", yscale="log")
-        axes.legend(frameon=False)
+        axes.set(title=title, xlabel="optimiser step", ylabel="gradient norm, clipped at 1", ylim=(0, 1.05))
+        axes.legend(loc="lower left")
     return figure
 
 
@@ -160,7 +161,7 @@ def plot_comparison(records_by_name: dict[str, Sequence[dict]]) -> plt.Figure:
         ious = np.sort([record["iou"] for record in records])[::-1]
         mean, (low, high) = ious.mean(), bootstrap_intervals(records)["mean_iou"]
         left.bar(name, mean, yerr=[[max(0, mean - low)], [max(0, high - mean)]], capsize=4, color=f"C{number}")
-        left.text(number, 0.02, f"{mean:.2f}", ha="center", fontweight="bold")
+        left.text(number, high + 0.02, f"{mean:.2f}", ha="center", fontweight="bold")
         right.step(ious, np.arange(1, len(ious) + 1) / len(ious), label=name, where="post", color=f"C{number}")
     left.set(ylabel="mean IoU, interval of 95 %", ylim=(0, 1), title="Mean IoU")
     left.tick_params(axis="x", labelsize=8)

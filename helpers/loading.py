@@ -1,9 +1,11 @@
 """Printed from fine_tuning_vlm_for_object_detection_trl.py: edit the script, then run `make sync`."""
 
+import ctypes
 import gc
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,6 +135,8 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # the C library keeps what was freed unless it is asked
 
 
 def allocated_megabytes() -> float:

@@ -217,7 +217,7 @@ class TrainingProgress(TrainerCallback):
 
 
 class GradientNorms(TrainerCallback):
-    """Logs the norm of the gradient of each trained area. Raises RuntimeError when an area gets none at all."""
+    """Logs the gradient norm, after clipping, of each trained area. Raises RuntimeError when an area gets none."""
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         if state.global_step % args.logging_steps:
@@ -382,8 +382,8 @@ def run_two_stage_recipe(
 ) -> Path:
     """Train the recipe's two stages, the second from the weights of the first; returns the second one's folder.
 
-    With `checkpoint`, a folder that holds a full checkpoint, the first stage is taken from there; where the second stage
-    was interrupted, it is taken from its own folder.
+    With `checkpoint`, a folder that holds a full checkpoint, the first stage is taken from there. Where the second
+    stage was interrupted, the first one is there already.
     """
     first, second = get_recipes(recipe.stages)
     shared = (model_id, processor, train_dataset, watch_dataset)
