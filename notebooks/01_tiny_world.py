@@ -89,7 +89,7 @@ pd.concat({"drawn": measured, "photographs": real}, axis=1).swaplevel(axis=1).so
 # ## The base
 #
 # It was trained to find eight kinds of objects, one at a time or all at once. Nutrition tables were in its pictures,
-# but it was never asked for one.
+# but it was never told where one is.
 
 # %%
 model = load_model(str(ROOT / "helpers/tiny/base"), quantized=False, dtype=torch.float32).eval()
