@@ -244,7 +244,13 @@ def test_a_failure_is_told_and_the_others_still_run(small, tmp_path):
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_children_end_with_the_command(small, sent):
-    launcher = subprocess.Popen(command("--recipe", "all", "--gpu", 0, 1, *small), stdout=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen(
+        command("--recipe", "all", "--gpu", 0, 1, *small),
+        stdout=subprocess.PIPE,
+        text=True,
+        # where pytest itself was started in the background, SIGINT is ignored, and so it would be here
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert launcher.stdout.readline().startswith("r1-llm-only: started")
     assert launcher.stdout.readline().startswith("r2-vision-only: started")
     launcher.send_signal(sent)
