@@ -172,8 +172,12 @@ def start(recipe: str, gpu: str | None, argv: Sequence[str], output_dir: Path) -
             stderr=subprocess.STDOUT,
             env=os.environ | {"PYTHONUNBUFFERED": "1"},  # its lines and progress bars in the order they were written
         )
-    print(f"{recipe}: started{f' on GPU {gpu}' if gpu else ''}, log in {log}", flush=True)
     return Child(recipe, gpu, log, process)
+
+
+def describe_start(child: Child) -> str:
+    """Where it runs, and where to read what it says."""
+    return f"{child.recipe}: started{f' on GPU {child.gpu}' if child.gpu else ''}, log in {child.log}"
 
 
 def describe_end(child: Child) -> str:
@@ -190,6 +194,7 @@ def launch(recipes: Sequence[str], gpus: Sequence[str | None], argv: Sequence[st
         while waiting or running:
             while waiting and free:
                 running.append(start(waiting.popleft(), free.popleft(), argv, output_dir))
+                print(describe_start(running[-1]), flush=True)
             time.sleep(0.2)
             for child in [child for child in running if child.process.poll() is not None]:
                 running.remove(child)
