@@ -1266,9 +1266,9 @@ pd.concat({str(best_dtype()).removeprefix("torch."): plain, "NF4": summarize_mem
 #
 # - The padding goes to the left, so that the last token of every row is the last token of its question; with padding
 #   on the right a decoder continues from padding.
-# - Lengths are padded to a multiple of 8, here and in the collator. CUDA's memory-efficient attention misread the
-#   masks of other lengths (torch 2.11, float32): in a batch of 32 pictures of mixed sizes every row of full length
-#   was answered wrongly.
+# - Rows of different lengths are padded to a multiple of 8, here and in the collator. CUDA's memory-efficient
+#   attention misread the masks of other lengths (torch 2.11, float32): in a batch of 32 pictures of mixed sizes every
+#   row of full length was answered wrongly.
 # - All that the processor returned is passed on. `generate` without `mm_token_type_ids` runs, but gives the image
 #   tokens positions on a line instead of in a plane.
 

@@ -6,7 +6,8 @@
 
 FOLDER holds Qwen2-VL's own processor (any Qwen2-VL repository of the hub has it). Random weights take the same memory
 and time as trained ones; their answers are noise, so generation is made to write a fixed number of tokens. Pictures
-are 980 x 980, 1,225 image tokens each. Needs one GPU with 80 GB; `--size tiny` runs anywhere, to see that it works.
+are 980 x 980, 1,225 image tokens each. README.md has figures of one H200; `--size tiny` runs anywhere, to see that it
+works.
 """
 
 import argparse
@@ -86,7 +87,7 @@ def enlarge(image: Image.Image, side: int) -> dict:
 
 
 def measure_recipe(name: str, model_id: str, data: str, arguments: argparse.Namespace) -> dict:
-    """Train a recipe for a few steps: trainable parameters, peak memory (GiB), seconds a step after the first."""
+    """Train a recipe for a few steps: trainable parameters, peak memory (GiB), mean seconds a step."""
     recipe, processor = RECIPES[name], load_processor(model_id, 1280 * 28 * 28)
     dataset = to_training_dataset(load_rows(data, "train", None, 0), QUESTION, 0.0)
     config = create_training_config(
@@ -163,9 +164,7 @@ def main() -> None:
     lines = []
     for name in [] if arguments.build_only else arguments.only:
         if name == "generation":
-            print(
-                measure_generation(str(model_id), str(data), arguments.batch_sizes, tokens=28).to_string(index=False)
-            )
+            print(measure_generation(str(model_id), str(data), arguments.batch_sizes, tokens=28).to_string())
         else:
             lines.append(measure_recipe(name, str(model_id), str(data), arguments))
             print(pd.DataFrame(lines[-1:]).to_string(index=False), flush=True)
