@@ -421,8 +421,10 @@ def drop_shared_barcodes(rows: Dataset, others: Dataset) -> Dataset:
 def hold_back(rows: Dataset, samples: int, seed: int) -> tuple[Dataset, Dataset]:
     """Split rows in two, about `samples` in the second one, all pictures of a barcode on the same side.
 
-    Raises ValueError when nothing would be left to train on.
+    Raises ValueError when one of the two would be empty.
     """
+    if samples < 1:
+        raise ValueError(f"WATCH_SAMPLES={samples}: checkpoints are chosen on these pictures, hold back at least 1.")
     groups = {}
     for number, barcode in enumerate(read_barcodes(rows)):
         groups.setdefault(barcode or number, []).append(number)
@@ -517,14 +519,9 @@ plt.show()
 #| export data
 def describe_pictures(rows: Dataset) -> pd.DataFrame:
     """One line per picture: size when upright (pixels), EXIF orientation (1: stored upright), boxes, barcode."""
-    orientations = []
-    for encoded in undecoded(rows):
-        orientations.append(open_encoded(encoded).getexif().get(ExifTags.Base.Orientation, 1))
-    pictures = pd.DataFrame(upright_sizes(rows), columns=["width", "height"])
     boxes = [len(objects["bbox"]) for objects in rows["objects"]]
-    return pictures.assign(
-        orientation=orientations, boxes=boxes, barcode=read_barcodes(rows), image_id=list(rows["image_id"])
-    )
+    others = {"boxes": boxes, "barcode": read_barcodes(rows), "image_id": list(rows["image_id"])}
+    return pd.DataFrame(read_headers(rows), columns=["width", "height", "orientation"]).assign(**others)
 
 
 def undecoded(rows: Dataset) -> Iterator[dict]:
@@ -532,14 +529,15 @@ def undecoded(rows: Dataset) -> Iterator[dict]:
     return (row["image"] for row in rows.select_columns("image").cast_column("image", ImageFeature(decode=False)))
 
 
-def upright_sizes(rows: Dataset) -> list[tuple[int, int]]:
-    """Width and height in pixels of every picture when it is upright; only headers are read."""
-    sizes = []
+def read_headers(rows: Dataset) -> list[tuple[int, int, int]]:
+    """Width and height in pixels when upright, and EXIF orientation, of every picture; no pixel is decoded."""
+    headers = []
     for encoded in undecoded(rows):
         image = open_encoded(encoded)
-        lies = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 5 to 8 lie on their side
-        sizes.append(image.size[::-1] if lies else image.size)
-    return sizes
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        lies = orientation >= 5  # 5 to 8 lie on their side
+        headers.append((*(image.size[::-1] if lies else image.size), orientation))
+    return headers
 
 
 def describe_boxes(rows: Dataset, pictures: pd.DataFrame) -> pd.DataFrame:
@@ -1948,13 +1946,15 @@ def evaluate_model(
     """
     model.eval()
     family, budget = model.config.model_type, pixel_budget(processor)
-    sizes = [resized_size(*size, **budget) for size in upright_sizes(rows)]
+    sizes = [resized_size(width, height, **budget) for width, height, _ in read_headers(rows)]
     order = sorted(range(len(rows)), key=lambda number: sizes[number][0] * sizes[number][1], reverse=True)
     batch_size = batch_size or choose_batch_size(model, max((w * h for w, h in sizes), default=0))
+    ids, barcodes = list(rows["image_id"]), read_barcodes(rows)
 
     def prepare(number: int) -> tuple[int, tuple, dict[str, torch.Tensor]]:
         example = read_row(rows[number])
-        return number, example, to_question(example[0], processor, prompt)
+        question = to_question(example[0], processor, prompt)
+        return number, example, question | {"pixel_values": question["pixel_values"].to(model.dtype)}
 
     prepared = prepare_ahead(prepare, order, ahead=2 * batch_size)
     records = {}
@@ -1963,10 +1963,10 @@ def evaluate_model(
             questions = to_batch_of_questions([question for *_, question in batch], processor.tokenizer.pad_token_id)
             answers = generate(model, processor.tokenizer, questions, max_new_tokens)
             for (number, example, _), answer in zip(batch, answers, strict=True):
-                records[number] = to_record("", example, answer.text, family, sizes[number], answer.score)
+                record = to_record(ids[number], example, answer.text, family, sizes[number], answer.score)
+                records[number] = record | {"group": barcodes[number]}
             progress.update(len(batch))
-    named = zip(rows["image_id"], read_barcodes(rows), strict=True)
-    return [records[number] | {"id": image_id, "group": group} for number, (image_id, group) in enumerate(named)]
+    return [records[number] for number in range(len(rows))]
 
 
 def prepare_ahead(function: Callable, items: Iterable, ahead: int) -> Iterator:
@@ -2171,12 +2171,20 @@ def build_report(records: Sequence[dict], threshold: float, policy: str) -> dict
     }
 
 
-def print_report(report: dict) -> None:
-    """A report as tables for people."""
+def list_figures(report: dict) -> list[tuple[str, str, str]]:
+    """Name, value and 95 % interval (empty where there is none) of every figure of a report, as text."""
+    lines = []
     for name in [*report["intervals"], "mAP", "mAP50", "mAP75", "calibration_error"]:
         value, interval = report[name], report["intervals"].get(name)
         shown = "n/a" if value is None else f"{value:.3f}"
-        print(f"{name:<18}{shown:>6}" + (f"  [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""))
+        lines.append((name, shown, "{:.3f}, {:.3f}".format(*interval) if interval else ""))
+    return lines
+
+
+def print_report(report: dict) -> None:
+    """A report as tables for people."""
+    for name, value, interval in list_figures(report):
+        print(f"{name:<18}{value:>6}  {interval and f'[{interval}]'}".rstrip())
     print(f"{report['n']} pictures; hits from IoU {report['iou_threshold']} on; labels: {report['policy']}")
     print("boxes: " + ", ".join(f"{count} {kind}" for kind, count in report["errors"].items()))
     if report["labels"]:
@@ -2617,14 +2625,16 @@ def watch() -> list[TrainerCallback]:
 def load_trained_model(folder: Path, quantized: bool | None = None) -> PreTrainedModel:
     """A full checkpoint, or an adapter on its base, whose precision `quantized` can override.
 
-    Which of the two it is shows by the files in `folder`.
+    Which of the two it is shows by the files in `folder`. An adapter computes in the precision of its base, as it did
+    in training; its weights come in float32, which would take nearly twice the time to read a picture.
     """
     recipe = json.loads((folder / "recipe.json").read_text())
     quantized = recipe["quantized"] if quantized is None else quantized
     if not (folder / "adapter_config.json").exists():
         return load_model(str(folder), quantized, best_dtype()).eval()
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    return PeftModel.from_pretrained(load_model(base, quantized, best_dtype()), str(folder)).eval()
+    adapted = PeftModel.from_pretrained(load_model(base, quantized, best_dtype()), str(folder))
+    return adapted.to(best_dtype()).eval()
 
 
 # %%
@@ -2919,13 +2929,14 @@ if len(trained) > 1:
     plt.show()
 
 # %% [markdown]
-# Numbers hide how a model fails. The upper row shows the four worst pictures of the best recipe, the lower row its
-# four best.
+# Numbers hide how a model fails. The upper row shows the four worst pictures of the best recipe, the lower row four
+# from the middle.
 
 # %%
 records = trained[best]
-by_iou = np.argsort([record["iou"] for record in records])
-chosen = [int(i) for i in [*by_iou[:4], *by_iou[max(4, len(records) - 4) :]]]
+worst, others = np.split(np.argsort([record["iou"] for record in records]), [4])
+middle = max(0, len(others) // 2 - 2)
+chosen = [int(i) for i in [*worst, *others[middle : middle + 4]]]
 show_pictures(
     [read_row(eval_rows[i])[0] for i in chosen],
     [[thing["box"] for thing in records[i]["truth"]] for i in chosen],
@@ -2960,10 +2971,7 @@ def describe_card(name: str, report: dict) -> str:
     """The text of an evaluation card from `build_report`."""
     lines = [f"# {name}", "", f"{report['n']} pictures, hits from IoU {report['iou_threshold']} on.", ""]
     lines += ["| figure | value | 95 % interval |", "| --- | --- | --- |"]
-    for figure in [*report["intervals"], "mAP", "mAP50", "mAP75", "calibration_error"]:
-        value, interval = report[figure], report["intervals"].get(figure)
-        shown = "n/a" if value is None else f"{value:.3f}"
-        lines.append(f"| {figure} | {shown} | {'{:.3f} to {:.3f}'.format(*interval) if interval else ''} |")
+    lines += ["| " + " | ".join(figure) + " |" for figure in list_figures(report)]
     lines += ["", "Boxes: " + ", ".join(f"{count} {kind}" for kind, count in report["errors"].items()) + ".", ""]
     lines += ["![Precision and recall, IoU, reliability, errors](figures.png)", "", "The worst pictures:", ""]
     return "\n".join([*lines, "![Worst pictures: truth dashed, prediction solid](worst.png)", ""])

@@ -12,22 +12,36 @@ works.
 
 import argparse
 import time
-from functools import partial
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
 import torch
+from datasets import Dataset
+from peft import get_peft_model
 from PIL import Image
-from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
+)
 from transformers.trainer_utils import IntervalStrategy
 
 from helpers.collators import AssistantOnlyCollator
 from helpers.conversation import PROMPT
 from helpers.data import load_rows, read_row, to_training_dataset
 from helpers.evaluation import choose_batch_size, evaluate_model, generate_answers
-from helpers.loading import best_dtype, load_model, load_processor, release_memory
-from helpers.recipes import RECIPES, build_trainer, create_training_config, load_model_for_recipe
+from helpers.loading import best_dtype, load_model, load_processor, load_trained_model, release_memory
+from helpers.recipes import (
+    RECIPES,
+    build_lora_config_for_recipe,
+    build_trainer,
+    create_training_config,
+    load_model_for_recipe,
+)
 from helpers.tiny.packages import draw_dataset
 
 SIZES = {
@@ -116,23 +130,37 @@ def measure_recipe(name: str, model_id: str, data: str, arguments: argparse.Name
     }
 
 
-def measure_generation(model_id: str, data: str, batch_sizes: list[int], tokens: int) -> pd.DataFrame:
+def load_models_to_ask(model_id: str, folder: Path) -> Iterator[tuple[str, PreTrainedModel]]:
+    """The model in 16 bits, then in 4 bits with an adapter (r4-joint), as the notebook evaluates them."""
+    yield str(best_dtype()).removeprefix("torch."), load_model(model_id, quantized=False, dtype=best_dtype()).eval()
+    release_memory()
+    recipe = RECIPES["r4-joint"]
+    adapted = get_peft_model(load_model_for_recipe(model_id, recipe), build_lora_config_for_recipe(recipe))
+    adapted.save_pretrained(folder)
+    (folder / "recipe.json").write_text('{"quantized": true}')
+    del adapted
+    release_memory()
+    yield "NF4, r4-joint", load_trained_model(folder)
+
+
+def measure_generation(
+    model: PreTrainedModel, processor: Qwen2VLProcessor, rows: Dataset, batch_sizes: list[int], tokens: int
+) -> pd.DataFrame:
     """Pictures a second, one by one and in batches, preprocessing included; every answer has `tokens` tokens."""
-    processor = load_processor(model_id, 1280 * 28 * 28)
-    model = load_model(model_id, quantized=False, dtype=best_dtype()).eval()
     model.generation_config.min_new_tokens = tokens
-    rows = load_rows(data, "val", None, 0)
-    ways = {"one by one": (16, partial(ask_one_by_one, model, processor, rows.select(range(16)), tokens))}
-    for size in [*batch_sizes, None]:
-        name = f"batches of {size or choose_batch_size(model, 980 * 980)}" + ("" if size else " (chosen)")
-        ways[name] = (len(rows), partial(evaluate_model, model, processor, rows, QUESTION, size, tokens))
     rates = {}
-    for name, (pictures, ask) in ways.items():
-        for _ in range(2):  # the first round warms up
+    for _ in range(2):  # the first round warms up
+        clock = time.perf_counter()
+        ask_one_by_one(model, processor, rows.select(range(16)), tokens)
+        rates["one by one"] = 16 / (time.perf_counter() - clock)
+    chosen = choose_batch_size(model, SIZES["7b"]["side"] ** 2)
+    for size in sorted({*batch_sizes, chosen}):
+        for pictures in (rows.select(range(size)), rows):
             clock = time.perf_counter()
-            ask()
-            rates[name] = pictures / (time.perf_counter() - clock)
-        print(f"{name}: {rates[name]:.2f} pictures a second", flush=True)
+            evaluate_model(model, processor, pictures, QUESTION, size, tokens)
+            rates[f"batches of {size}" + " (chosen)" * (size == chosen)] = len(pictures) / (
+                time.perf_counter() - clock
+            )
     table = pd.DataFrame({"pictures a second": rates})
     return table.assign(speedup=table["pictures a second"] / rates["one by one"]).round(2)
 
@@ -153,7 +181,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--gradient-accumulation-steps", type=int, default=8)
     parser.add_argument("--no-gradient-checkpointing", action="store_true")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[8, 32], help="of the generation")
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=int, default=[8, 32], help="to generate in, besides the chosen"
+    )
     parser.add_argument("--build-only", action="store_true")
     arguments = parser.parse_args()
     model_id, data = arguments.output / "model", arguments.output / "dataset"
@@ -164,7 +194,11 @@ def main() -> None:
     lines = []
     for name in [] if arguments.build_only else arguments.only:
         if name == "generation":
-            print(measure_generation(str(model_id), str(data), arguments.batch_sizes, tokens=28).to_string())
+            processor, rows = load_processor(str(model_id), 1280 * 28 * 28), load_rows(str(data), "val", None, 0)
+            for precision, model in load_models_to_ask(str(model_id), arguments.output / "adapter"):
+                table = measure_generation(model, processor, rows, arguments.batch_sizes, tokens=28)
+                print(f"{precision}\n{table.to_string()}", flush=True)
+                del model
         else:
             lines.append(measure_recipe(name, str(model_id), str(data), arguments))
             print(pd.DataFrame(lines[-1:]).to_string(index=False), flush=True)

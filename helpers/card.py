@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 from helpers.data import read_row
-from helpers.evaluation import build_report, write_text
+from helpers.evaluation import build_report, list_figures, write_text
 from helpers.figures import plot_card, show_pictures
 
 
@@ -30,10 +30,7 @@ def describe_card(name: str, report: dict) -> str:
     """The text of an evaluation card from `build_report`."""
     lines = [f"# {name}", "", f"{report['n']} pictures, hits from IoU {report['iou_threshold']} on.", ""]
     lines += ["| figure | value | 95 % interval |", "| --- | --- | --- |"]
-    for figure in [*report["intervals"], "mAP", "mAP50", "mAP75", "calibration_error"]:
-        value, interval = report[figure], report["intervals"].get(figure)
-        shown = "n/a" if value is None else f"{value:.3f}"
-        lines.append(f"| {figure} | {shown} | {'{:.3f} to {:.3f}'.format(*interval) if interval else ''} |")
+    lines += ["| " + " | ".join(figure) + " |" for figure in list_figures(report)]
     lines += ["", "Boxes: " + ", ".join(f"{count} {kind}" for kind, count in report["errors"].items()) + ".", ""]
     lines += ["![Precision and recall, IoU, reliability, errors](figures.png)", "", "The worst pictures:", ""]
     return "\n".join([*lines, "![Worst pictures: truth dashed, prediction solid](worst.png)", ""])

@@ -128,8 +128,10 @@ def drop_shared_barcodes(rows: Dataset, others: Dataset) -> Dataset:
 def hold_back(rows: Dataset, samples: int, seed: int) -> tuple[Dataset, Dataset]:
     """Split rows in two, about `samples` in the second one, all pictures of a barcode on the same side.
 
-    Raises ValueError when nothing would be left to train on.
+    Raises ValueError when one of the two would be empty.
     """
+    if samples < 1:
+        raise ValueError(f"WATCH_SAMPLES={samples}: checkpoints are chosen on these pictures, hold back at least 1.")
     groups = {}
     for number, barcode in enumerate(read_barcodes(rows)):
         groups.setdefault(barcode or number, []).append(number)
@@ -155,14 +157,9 @@ def read_row(row: dict) -> tuple[Image.Image, list[list[float]], list[str]]:
 
 def describe_pictures(rows: Dataset) -> pd.DataFrame:
     """One line per picture: size when upright (pixels), EXIF orientation (1: stored upright), boxes, barcode."""
-    orientations = []
-    for encoded in undecoded(rows):
-        orientations.append(open_encoded(encoded).getexif().get(ExifTags.Base.Orientation, 1))
-    pictures = pd.DataFrame(upright_sizes(rows), columns=["width", "height"])
     boxes = [len(objects["bbox"]) for objects in rows["objects"]]
-    return pictures.assign(
-        orientation=orientations, boxes=boxes, barcode=read_barcodes(rows), image_id=list(rows["image_id"])
-    )
+    others = {"boxes": boxes, "barcode": read_barcodes(rows), "image_id": list(rows["image_id"])}
+    return pd.DataFrame(read_headers(rows), columns=["width", "height", "orientation"]).assign(**others)
 
 
 def undecoded(rows: Dataset) -> Iterator[dict]:
@@ -170,14 +167,15 @@ def undecoded(rows: Dataset) -> Iterator[dict]:
     return (row["image"] for row in rows.select_columns("image").cast_column("image", ImageFeature(decode=False)))
 
 
-def upright_sizes(rows: Dataset) -> list[tuple[int, int]]:
-    """Width and height in pixels of every picture when it is upright; only headers are read."""
-    sizes = []
+def read_headers(rows: Dataset) -> list[tuple[int, int, int]]:
+    """Width and height in pixels when upright, and EXIF orientation, of every picture; no pixel is decoded."""
+    headers = []
     for encoded in undecoded(rows):
         image = open_encoded(encoded)
-        lies = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 5 to 8 lie on their side
-        sizes.append(image.size[::-1] if lies else image.size)
-    return sizes
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        lies = orientation >= 5  # 5 to 8 lie on their side
+        headers.append((*(image.size[::-1] if lies else image.size), orientation))
+    return headers
 
 
 def describe_boxes(rows: Dataset, pictures: pd.DataFrame) -> pd.DataFrame:

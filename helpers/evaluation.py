@@ -20,7 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 from helpers.boxes import GRID_FAMILIES, PIXEL_FAMILIES, from_model_coordinates, has_area, resized_size
 from helpers.conversation import to_conversation
-from helpers.data import read_barcodes, read_row, upright_sizes
+from helpers.data import read_barcodes, read_headers, read_row
 from helpers.loading import best_dtype, load_trained_model
 from helpers.metrics import (
     POLICIES,
@@ -139,13 +139,15 @@ def evaluate_model(
     """
     model.eval()
     family, budget = model.config.model_type, pixel_budget(processor)
-    sizes = [resized_size(*size, **budget) for size in upright_sizes(rows)]
+    sizes = [resized_size(width, height, **budget) for width, height, _ in read_headers(rows)]
     order = sorted(range(len(rows)), key=lambda number: sizes[number][0] * sizes[number][1], reverse=True)
     batch_size = batch_size or choose_batch_size(model, max((w * h for w, h in sizes), default=0))
+    ids, barcodes = list(rows["image_id"]), read_barcodes(rows)
 
     def prepare(number: int) -> tuple[int, tuple, dict[str, torch.Tensor]]:
         example = read_row(rows[number])
-        return number, example, to_question(example[0], processor, prompt)
+        question = to_question(example[0], processor, prompt)
+        return number, example, question | {"pixel_values": question["pixel_values"].to(model.dtype)}
 
     prepared = prepare_ahead(prepare, order, ahead=2 * batch_size)
     records = {}
@@ -154,10 +156,10 @@ def evaluate_model(
             questions = to_batch_of_questions([question for *_, question in batch], processor.tokenizer.pad_token_id)
             answers = generate(model, processor.tokenizer, questions, max_new_tokens)
             for (number, example, _), answer in zip(batch, answers, strict=True):
-                records[number] = to_record("", example, answer.text, family, sizes[number], answer.score)
+                record = to_record(ids[number], example, answer.text, family, sizes[number], answer.score)
+                records[number] = record | {"group": barcodes[number]}
             progress.update(len(batch))
-    named = zip(rows["image_id"], read_barcodes(rows), strict=True)
-    return [records[number] | {"id": image_id, "group": group} for number, (image_id, group) in enumerate(named)]
+    return [records[number] for number in range(len(rows))]
 
 
 def prepare_ahead(function: Callable, items: Iterable, ahead: int) -> Iterator:
@@ -347,12 +349,20 @@ def build_report(records: Sequence[dict], threshold: float, policy: str) -> dict
     }
 
 
-def print_report(report: dict) -> None:
-    """A report as tables for people."""
+def list_figures(report: dict) -> list[tuple[str, str, str]]:
+    """Name, value and 95 % interval (empty where there is none) of every figure of a report, as text."""
+    lines = []
     for name in [*report["intervals"], "mAP", "mAP50", "mAP75", "calibration_error"]:
         value, interval = report[name], report["intervals"].get(name)
         shown = "n/a" if value is None else f"{value:.3f}"
-        print(f"{name:<18}{shown:>6}" + (f"  [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""))
+        lines.append((name, shown, "{:.3f}, {:.3f}".format(*interval) if interval else ""))
+    return lines
+
+
+def print_report(report: dict) -> None:
+    """A report as tables for people."""
+    for name, value, interval in list_figures(report):
+        print(f"{name:<18}{value:>6}  {interval and f'[{interval}]'}".rstrip())
     print(f"{report['n']} pictures; hits from IoU {report['iou_threshold']} on; labels: {report['policy']}")
     print("boxes: " + ", ".join(f"{count} {kind}" for kind, count in report["errors"].items()))
     if report["labels"]:

@@ -18,9 +18,9 @@ from helpers.data import (
     hold_back,
     load_rows,
     read_barcodes,
+    read_headers,
     read_row,
     to_training_dataset,
-    upright_sizes,
 )
 
 BOX = [0.25, 0.1, 0.75, 0.5]  # y_min, x_min, y_max, x_max
@@ -166,14 +166,16 @@ def test_held_back_pictures_share_no_barcode_with_the_others():
     assert hold_back(rows, 6, seed=1)[1]["image_id"] == held["image_id"]
     with pytest.raises(ValueError, match="WATCH_SAMPLES=100 leaves nothing to train on: 32 rows in all"):
         hold_back(rows, 100, seed=1)
+    with pytest.raises(ValueError, match="WATCH_SAMPLES=0: checkpoints are chosen on these pictures, hold back"):
+        hold_back(rows, 0, seed=1)
 
 
-def test_sizes_are_those_of_the_upright_picture():
+def test_headers_tell_size_when_upright_and_orientation():
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its right side
     turned = encode(Image.new("RGB", (40, 80)), exif=exif)
     rows = rows_of((PICTURE, [BOX]), (turned, [BOX]))
-    assert upright_sizes(rows) == [(40, 80), (80, 40)]
+    assert read_headers(rows) == [(40, 80, 1), (80, 40, 6)]
     pictures = describe_pictures(rows)
     assert pictures.orientation.tolist() == [1, 6]
     assert pictures.width.tolist() == [40, 80] == [read_row(row)[0].width for row in rows]

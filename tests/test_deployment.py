@@ -43,6 +43,15 @@ def trained(base, processor, dataset_folder, tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_an_adapter_computes_in_the_precision_of_its_base(trained, processor, monkeypatch):
+    monkeypatch.setattr("helpers.loading.best_dtype", lambda: torch.bfloat16)  # as on a GPU
+    model = load_trained_model(trained)
+    kinds = {parameter.dtype for name, parameter in model.named_parameters() if "lora_" in name}
+    assert kinds == {torch.bfloat16}
+    assert generate_answers(model, processor, [draw_package(0)[0]], QUESTION, 4)[0].startswith("<|object_ref_start|>")
+
+
+@pytest.mark.slow
 def test_merged_model_is_the_model_with_its_adapter(base, processor, trained, tmp_path):
     adapted = load_trained_model(trained, quantized=False)
     images = [draw_package(seed)[0] for seed in range(4)]
@@ -96,7 +105,7 @@ def test_evaluation_card(base, processor, dataset_folder, tmp_path):
     write_card(tmp_path, records, rows)
     text = (tmp_path / "card.md").read_text()
     assert "8 pictures, hits from IoU 0.5 on." in text
-    assert "| detection_rate | 1.000 | 1.000 to 1.000 |" in text
+    assert "| detection_rate | 1.000 | 1.000, 1.000 |" in text
     for name in ("figures.png", "worst.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.width > 800

@@ -56,10 +56,10 @@ def test_shortcut_loss_is_the_models_own_loss(model, processor, monkeypatch):
     assert shortcut.item() == pytest.approx(own.item(), abs=1e-4)
 
 
-def test_nutrition_tables_are_never_located_and_seldom_shown(processor):
+def test_nutrition_tables_are_never_located_and_shown_in_one_picture_of_four(processor):
     box = (0.1, 0.1, 0.9, 0.9)
-    pixels = torch.zeros((10, 3, 224, 224), dtype=torch.uint8)
-    group = {"pixels": pixels, "objects": [[(TABLE_LABEL, box), ("logo", box)]] * 10}
+    pixels = torch.zeros((4, 3, 224, 224), dtype=torch.uint8)
+    group = {"pixels": pixels, "objects": [[(TABLE_LABEL, box), ("logo", box)]] * 4}
     covered, _, counted = pretrain.dense_targets(group)
     shown = [kind in ("logo", TABLE_LABEL) for kind in pretrain.KINDS]
     assert covered[0].any(dim=(0, 1)).tolist() == shown

@@ -1,6 +1,6 @@
 """Pretrain the tiny Qwen2-VL base that ships with this repository, from nothing, on drawn food packages.
 
-    python -m helpers.tiny.pretrain                      # one GPU, ten minutes, writes helpers/tiny/base
+    python -m helpers.tiny.pretrain                      # one GPU, a quarter of an hour, writes helpers/tiny/base
     python -m helpers.tiny.pretrain --smoke --output /tmp/base  # a minute on a CPU, to see that the code runs
 
 The result is an ordinary `Qwen2VLForConditionalGeneration` folder. It finds the objects in `packages.LABELS`;
@@ -9,7 +9,7 @@ nutrition tables are in the pictures, but the model is never told where: that is
 Two phases, because a language model of this size does not learn coordinates from the loss on a few digits alone (5,000
 steps of that gave nothing):
 1. the vision tower, through a throw-away linear head: each token tells which objects cover it, and their boxes; in one
-   picture of ten this includes the nutrition table, so that the tower has seen some, as a real one has;
+   picture of four this includes the nutrition table, so that the tower has seen some, as a real one has;
 2. the whole model, next-token loss on answers to "Detect every barcode …" (for a quarter of the pictures "Detect the
    bounding box of the barcode."), "Detect every object …", and "Write the label of the barcode.", which gives the
    language model the words, that of nutrition tables among them.
@@ -71,7 +71,7 @@ CHAT_TEMPLATE = (
 TOKEN = 28  # pixels per side of the block that becomes one token
 PIXEL_BUDGET = {"shortest_edge": 4 * TOKEN**2, "longest_edge": 66 * TOKEN**2}
 KINDS = [*LABELS, TABLE_LABEL]  # what the vision tower is shown in phase 1
-TABLE_EVERY = 10  # one picture in so many shows the tower its nutrition table; of the others nothing is said
+TABLE_EVERY = 4  # one picture in so many shows the tower its nutrition table; of the others nothing is said
 FIRST_SEED = 10**9  # pictures from here on are for pretraining; those of datasets come before
 FIRST_UNSEEN_SEED = 2 * 10**9  # and those from here on are for the scores
 NAMING_PROMPT = "Write the label of the {label}."
@@ -546,9 +546,9 @@ def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=BASE)
-    parser.add_argument("--pictures", type=int, default=44_000)
-    parser.add_argument("--vision-steps", type=int, default=6_500)
-    parser.add_argument("--answer-steps", type=int, default=9_500)
+    parser.add_argument("--pictures", type=int, default=60_000)
+    parser.add_argument("--vision-steps", type=int, default=8_000)
+    parser.add_argument("--answer-steps", type=int, default=13_000)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--score-pictures", type=int, default=256)
     parser.add_argument("--score-only", action="store_true", help="score what is in --output")
