@@ -2244,7 +2244,8 @@ for kind, some in base_records.items():
 
 # %% [markdown]
 # In the run of this repository the base model writes well-formed boxes, of other things. That is where the training
-# starts: it does not have to teach the format.
+# starts: it does not have to teach the format. (What could not be read is the end of long lists of objects, which
+# `MAX_NEW_TOKENS` cut off.)
 #
 # What does quantisation cost before any training? Three ways to load the same model, asked the same two questions
 # about the pictures that were held back. The IoU with the truth says little where the base model does not know the
@@ -2286,9 +2287,8 @@ for line in ablation.values():
 pd.DataFrame(ablation).T.style.format({"megabytes": "{:,.1f}"}, precision=3)
 
 # %% [markdown]
-# In the run of this repository four bits move the boxes by about five percent of their overlap, and quantising the
-# vision tower as well adds less than one. A large model may suffer more, and saves little by it: the recipes keep
-# vision in 16 bits.
+# In the run of this repository four bits move the boxes by about three percent of their overlap, and by seven if the
+# vision tower is quantised as well, which in a large model would save little: the recipes keep vision in 16 bits.
 #
 # ## 10. Training
 #
