@@ -144,7 +144,7 @@ FLIP_PROBABILITY = (
     0.0  # mirror training pictures with their boxes; mirrored letters are a price worth paying on few data
 )
 EVAL_BATCH_SIZE = None  # pictures asked about at once; None: what fits into the free memory
-MAX_NEW_TOKENS = 128  # one box takes 23 tokens
+MAX_NEW_TOKENS = 256  # one box takes 23 tokens, so ten objects get to the end
 SEED = 42
 REPORT_TO = "tensorboard"  # or "wandb", "trackio", "none"
 PUSH_TO_HUB = ""  # hub id to push the best model to, such as "me/nutrition-table-detector"; empty: nothing is pushed
@@ -574,6 +574,14 @@ pd.DataFrame(
 # %%
 #| export figures
 BAR_COLOUR = "#4575b4"
+# the same in every figure; runs with other names take the colours in turn
+MODEL_COLOURS = {
+    "base": "grey",
+    "r1-llm-only": "C0",
+    "r2-vision-only": "C1",
+    "r3-two-stage": "C2",
+    "r4-joint": "C3",
+}
 
 
 def plot_boxes(boxes: pd.DataFrame) -> plt.Figure:
@@ -2244,8 +2252,7 @@ for kind, some in base_records.items():
 
 # %% [markdown]
 # In the run of this repository the base model writes well-formed boxes, of other things. That is where the training
-# starts: it does not have to teach the format. (What could not be read is the end of long lists of objects, which
-# `MAX_NEW_TOKENS` cut off.)
+# starts: it does not have to teach the format.
 #
 # What does quantisation cost before any training? Three ways to load the same model, asked the same two questions
 # about the pictures that were held back. The IoU with the truth says little where the base model does not know the
@@ -2703,8 +2710,9 @@ def plot_training(folders: Iterable[Path]) -> plt.Figure:
     """Loss and IoU on the pictures held back, over optimiser steps; one line per run."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
     for folder in folders:
-        left.plot(*read_log(folder, "loss"), label=folder.name)
-        right.plot(*read_log(folder, "eval_mean_iou"), marker="o", label=folder.name)
+        style = {"label": folder.name, "color": MODEL_COLOURS.get(folder.name)}
+        left.plot(*read_log(folder, "loss"), **style)
+        right.plot(*read_log(folder, "eval_mean_iou"), marker="o", **style)
     left.set(xlabel="optimiser step", ylabel="loss per trained token (nats)", title="Training loss")
     right.set(xlabel="optimiser step", ylabel="mean IoU", title="IoU on the pictures held back", ylim=(0, 1))
     left.set_ylim(bottom=0)
@@ -2793,12 +2801,12 @@ def plot_gradient_norms(folders: Sequence[Path]) -> plt.Figure:
     figure, grid = plt.subplots(1, 2, figsize=(10, 3), layout="constrained", sharey=True)
     for axes, (area, title) in zip(grid, {"visual": "Vision tower", "language_model": "Language model"}.items(),
                                    strict=True):  # fmt: skip
-        for number, folder in enumerate(folders):
+        for folder in folders:
             steps, norms = read_log(folder, f"grad_norm_{area}")
             if steps:
-                axes.plot(steps, norms, label=folder.name, color=f"C{number}")
-        axes.set(title=title, xlabel="optimiser step", ylabel="gradient norm, clipped at 1", ylim=(0, 1.05))
-        axes.legend(loc="lower left")
+                axes.plot(steps, norms, label=folder.name, color=MODEL_COLOURS.get(folder.name))
+        axes.set(title=title, xlabel="optimiser step", ylabel="gradient norm, clipped at 1", ylim=(0, 1.3))
+        axes.legend(loc="upper center", ncols=3, frameon=False)
     return figure
 
 
@@ -2837,9 +2845,10 @@ def plot_comparison(records_by_name: dict[str, Sequence[dict]]) -> plt.Figure:
     for number, (name, records) in enumerate(records_by_name.items()):
         ious = np.sort([record["iou"] for record in records])[::-1]
         mean, (low, high) = ious.mean(), bootstrap_intervals(records)["mean_iou"]
-        left.bar(name, mean, yerr=[[max(0, mean - low)], [max(0, high - mean)]], capsize=4, color=f"C{number}")
+        colour = MODEL_COLOURS.get(name)
+        left.bar(name, mean, yerr=[[max(0, mean - low)], [max(0, high - mean)]], capsize=4, color=colour)
         left.text(number, high + 0.02, f"{mean:.2f}", ha="center", fontweight="bold")
-        right.step(ious, np.arange(1, len(ious) + 1) / len(ious), label=name, where="post", color=f"C{number}")
+        right.step(ious, np.arange(1, len(ious) + 1) / len(ious), label=name, where="post", color=colour)
     left.set(ylabel="mean IoU, interval of 95 %", ylim=(0, 1), title="Mean IoU")
     left.tick_params(axis="x", labelsize=8)
     right.set(xlabel="IoU", ylabel="share of pictures with at least this IoU", xlim=(0, 1), ylim=(0, 1.02))
@@ -3054,7 +3063,7 @@ print(f"merged against adapter on the same base: mean IoU differs by {difference
 # %%
 #| export deployment
 def detect(
-    image: Image.Image, model: PreTrainedModel, processor: Qwen2VLProcessor, prompt: str, max_new_tokens: int = 128
+    image: Image.Image, model: PreTrainedModel, processor: Qwen2VLProcessor, prompt: str, max_new_tokens: int = 256
 ) -> list[dict]:
     """The objects in one picture: `{"label", "box", "score"}`, boxes in pixels of the upright picture."""
     upright = ImageOps.exif_transpose(image).convert("RGB")
@@ -3067,7 +3076,8 @@ def detect(
 image = eval_rows[0]["image"]
 found = detect(image, merged, processor, question)
 print(found)
-show_pictures([image], [read_row(eval_rows[0])[1]], [[thing["box"] for thing in found]], columns=1)
+titles = [", ".join(f"{thing['label']}, score {thing['score']:.2f}" for thing in found)]
+show_pictures([image], [read_row(eval_rows[0])[1]], [[thing["box"] for thing in found]], titles, columns=1)
 plt.show()
 del merged
 release_memory()
@@ -3080,7 +3090,7 @@ release_memory()
 # %%
 #| export deployment
 MODEL_CARD = """{metadata}
-# {base}, fine-tuned to find {dataset} objects
+# {base}, fine-tuned for object detection on {dataset}
 
 Trained with the recipe `{recipe}` ({description}). Ask it with the system message
 

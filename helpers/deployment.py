@@ -22,7 +22,7 @@ def save_merged(model: PreTrainedModel | PeftModel, target: Path, processor: Qwe
 
 
 def detect(
-    image: Image.Image, model: PreTrainedModel, processor: Qwen2VLProcessor, prompt: str, max_new_tokens: int = 128
+    image: Image.Image, model: PreTrainedModel, processor: Qwen2VLProcessor, prompt: str, max_new_tokens: int = 256
 ) -> list[dict]:
     """The objects in one picture: `{"label", "box", "score"}`, boxes in pixels of the upright picture."""
     upright = ImageOps.exif_transpose(image).convert("RGB")
@@ -32,7 +32,7 @@ def detect(
 
 
 MODEL_CARD = """{metadata}
-# {base}, fine-tuned to find {dataset} objects
+# {base}, fine-tuned for object detection on {dataset}
 
 Trained with the recipe `{recipe}` ({description}). Ask it with the system message
 

@@ -59,6 +59,14 @@ def show_pictures(
 
 
 BAR_COLOUR = "#4575b4"
+# the same in every figure; runs with other names take the colours in turn
+MODEL_COLOURS = {
+    "base": "grey",
+    "r1-llm-only": "C0",
+    "r2-vision-only": "C1",
+    "r3-two-stage": "C2",
+    "r4-joint": "C3",
+}
 
 
 def plot_boxes(boxes: pd.DataFrame) -> plt.Figure:
@@ -131,8 +139,9 @@ def plot_training(folders: Iterable[Path]) -> plt.Figure:
     """Loss and IoU on the pictures held back, over optimiser steps; one line per run."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
     for folder in folders:
-        left.plot(*read_log(folder, "loss"), label=folder.name)
-        right.plot(*read_log(folder, "eval_mean_iou"), marker="o", label=folder.name)
+        style = {"label": folder.name, "color": MODEL_COLOURS.get(folder.name)}
+        left.plot(*read_log(folder, "loss"), **style)
+        right.plot(*read_log(folder, "eval_mean_iou"), marker="o", **style)
     left.set(xlabel="optimiser step", ylabel="loss per trained token (nats)", title="Training loss")
     right.set(xlabel="optimiser step", ylabel="mean IoU", title="IoU on the pictures held back", ylim=(0, 1))
     left.set_ylim(bottom=0)
@@ -145,12 +154,12 @@ def plot_gradient_norms(folders: Sequence[Path]) -> plt.Figure:
     figure, grid = plt.subplots(1, 2, figsize=(10, 3), layout="constrained", sharey=True)
     for axes, (area, title) in zip(grid, {"visual": "Vision tower", "language_model": "Language model"}.items(),
                                    strict=True):  # fmt: skip
-        for number, folder in enumerate(folders):
+        for folder in folders:
             steps, norms = read_log(folder, f"grad_norm_{area}")
             if steps:
-                axes.plot(steps, norms, label=folder.name, color=f"C{number}")
-        axes.set(title=title, xlabel="optimiser step", ylabel="gradient norm, clipped at 1", ylim=(0, 1.05))
-        axes.legend(loc="lower left")
+                axes.plot(steps, norms, label=folder.name, color=MODEL_COLOURS.get(folder.name))
+        axes.set(title=title, xlabel="optimiser step", ylabel="gradient norm, clipped at 1", ylim=(0, 1.3))
+        axes.legend(loc="upper center", ncols=3, frameon=False)
     return figure
 
 
@@ -160,9 +169,10 @@ def plot_comparison(records_by_name: dict[str, Sequence[dict]]) -> plt.Figure:
     for number, (name, records) in enumerate(records_by_name.items()):
         ious = np.sort([record["iou"] for record in records])[::-1]
         mean, (low, high) = ious.mean(), bootstrap_intervals(records)["mean_iou"]
-        left.bar(name, mean, yerr=[[max(0, mean - low)], [max(0, high - mean)]], capsize=4, color=f"C{number}")
+        colour = MODEL_COLOURS.get(name)
+        left.bar(name, mean, yerr=[[max(0, mean - low)], [max(0, high - mean)]], capsize=4, color=colour)
         left.text(number, high + 0.02, f"{mean:.2f}", ha="center", fontweight="bold")
-        right.step(ious, np.arange(1, len(ious) + 1) / len(ious), label=name, where="post", color=f"C{number}")
+        right.step(ious, np.arange(1, len(ious) + 1) / len(ious), label=name, where="post", color=colour)
     left.set(ylabel="mean IoU, interval of 95 %", ylim=(0, 1), title="Mean IoU")
     left.tick_params(axis="x", labelsize=8)
     right.set(xlabel="IoU", ylabel="share of pictures with at least this IoU", xlim=(0, 1), ylim=(0, 1.02))
