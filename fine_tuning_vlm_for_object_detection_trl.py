@@ -2294,7 +2294,7 @@ for line in ablation.values():
 pd.DataFrame(ablation).T.style.format({"megabytes": "{:,.1f}"}, precision=3)
 
 # %% [markdown]
-# In the run of this repository four bits move the boxes by about three percent of their overlap, and by seven if the
+# In the run of this repository four bits move the boxes by about two percent of their overlap, and by seven if the
 # vision tower is quantised as well, which in a large model would save little: the recipes keep vision in 16 bits.
 #
 # ## 10. Training
