@@ -119,8 +119,9 @@ warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated
 
 # %% [markdown]
 # The next cell holds every setting, and papermill can replace each of them (`papermill in.ipynb out.ipynb -p
-# MAX_STEPS 50`). The defaults are the real thing: the 7B model, the Open Food Facts dataset, all pictures, a GPU with
-# 24 GB. `MODEL_ID` and `DATASET_ID` take a hub id or a local folder.
+# MAX_STEPS 50`). The defaults are the real thing: the 7B model, the Open Food Facts dataset, all pictures. With them
+# `r1-llm-only` and `r4-joint` fit into a GPU of 24 GB, `r2-vision-only` and with it `r3-two-stage` take 28 GiB.
+# `MODEL_ID` and `DATASET_ID` take a hub id or a local folder.
 
 # %% tags=["parameters"]
 MODEL_ID = "Qwen/Qwen2-VL-7B-Instruct"  # hub id or folder
