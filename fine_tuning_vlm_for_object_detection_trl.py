@@ -141,9 +141,7 @@ BATCH_SIZE = 2
 GRADIENT_ACCUMULATION_STEPS = 8
 GRADIENT_CHECKPOINTING = True  # less memory, more time: activations are computed twice
 LEARNING_RATES = {}  # recipe -> peak learning rate, where it is not to be the recipe's own
-FLIP_PROBABILITY = (
-    0.0  # mirror training pictures with their boxes; mirrored letters are a price worth paying on few data
-)
+FLIP_PROBABILITY = 0.0  # mirror training pictures with their boxes: worth its mirrored letters on few data
 EVAL_BATCH_SIZE = None  # pictures asked about at once; None: what fits into the free memory
 MAX_NEW_TOKENS = 256  # one box takes 23 tokens, so ten objects get to the end
 SEED = 42
@@ -2634,7 +2632,7 @@ def load_trained_model(folder: Path, quantized: bool | None = None) -> PreTraine
     """A full checkpoint, or an adapter on its base, whose precision `quantized` can override.
 
     Which of the two it is shows by the files in `folder`. An adapter computes in the precision of its base, as it did
-    in training; its weights come in float32, which would take nearly twice the time to read a picture.
+    in training; its weights come in float32, which would be slower on a GPU.
     """
     recipe = json.loads((folder / "recipe.json").read_text())
     quantized = recipe["quantized"] if quantized is None else quantized

@@ -163,7 +163,7 @@ def load_trained_model(folder: Path, quantized: bool | None = None) -> PreTraine
     """A full checkpoint, or an adapter on its base, whose precision `quantized` can override.
 
     Which of the two it is shows by the files in `folder`. An adapter computes in the precision of its base, as it did
-    in training; its weights come in float32, which would take nearly twice the time to read a picture.
+    in training; its weights come in float32, which would be slower on a GPU.
     """
     recipe = json.loads((folder / "recipe.json").read_text())
     quantized = recipe["quantized"] if quantized is None else quantized
