@@ -1,17 +1,32 @@
 """Drawn packages: the same seed draws the same picture, boxes are tight, the folder reads like the hub's dataset."""
 
 import hashlib
+import json
 import pickle
 from dataclasses import replace
 
 import datasets
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
-from helpers.tiny import drawings, packages, photographs
+from helpers.tiny import marks, packages, photographs, views
+from helpers.tiny.printing import Style
+from helpers.tiny.surface import CELL, Surface
 
 SEEDS = range(200)
+STYLE = Style((255, 255, 255), (0, 0, 0), (200, 0, 0), "DejaVuSans", "en")
+# of pixels and objects; five seeds that together run through most of the drawing code, and look the same to numpy's
+# code for old and for new processors
+DIGESTS = {
+    32: "caa4cb6ba6fec945970bfa0f575e422fad6cceea60586cf9a9828fea75ec3d5c",
+    63: "b898d2921fb494f85a02d962fe9bfc5e0afe67f5433cde19f9e7a67871f1708f",
+    78: "d7b4fabcb90c08a90edcd8a8da42329051b91ded4f1e986a05249908d0e6027d",
+    82: "022bf68eedcb3d71138d6053201e3db10f5a79da89a23b609bacdbfae75ab2dd",
+    97: "3b3163bf372239e72b174ad2127c549cbfd351d895d50ad06f148a5612a7a401",
+}
+DRAWN_WITH = "Pillow 13.0.0, numpy 2.4.6"
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +53,17 @@ def test_same_seed_same_pixels():
     assert first.tobytes() == second.tobytes()
     assert objects == same_objects
     assert first.tobytes() != packages.draw_package(8)[0].tobytes()
+
+
+@pytest.mark.parametrize("seed", DIGESTS)
+def test_the_drawings_are_those_that_the_base_knows(seed):
+    picture, objects = packages.draw_package(seed)
+    digest = hashlib.sha256(picture.tobytes() + json.dumps(objects).encode()).hexdigest()
+    assert digest == DIGESTS[seed], (
+        "These are not the drawings that helpers/tiny/base was pretrained on and that the figures were measured on. "
+        "If that is wanted: pretrain (python -m helpers.tiny.pretrain), measure, write the new digests. If no drawing "
+        f"was changed, look at the libraries: {DRAWN_WITH} then, Pillow {PIL.__version__}, numpy {np.__version__} now."
+    )
 
 
 def test_draw_package_can_be_sent_to_workers():
@@ -82,17 +108,16 @@ def test_tables_are_as_large_as_the_hubs(drawn):
 
 def plain_view(side=112, angle=0.0, radius=0.0):
     """A label of 100x80 in the middle of a square picture."""
-    return photographs.View((100, 80), (side / 2, side / 2), angle, (0.0, 0.0), radius, np.zeros((0, 4)), "fill")
+    middle = (side / 2, side / 2)
+    return views.View((side, side), (100, 80), middle, angle, (0.0, 0.0), radius, np.zeros((0, 4)), "fill")
 
 
 def warped_box(view, rectangle=(10, 20, 40, 60)):
     """Box of a rectangle of the label, as `draw_package` finds it."""
-    size = (round(2 * view.center[0]), round(2 * view.center[1]))
     ids = Image.new("L", view.label_size, 0)
     ids.paste(1, rectangle)
-    mesh = photographs.warp_mesh(view, size, (0, 0))
-    seen = np.asarray(ids.transform(size, Image.MESH, mesh, Image.NEAREST))
-    ((label, box),) = packages.labelled_boxes(seen, packages.visible_shares(ids, view, size), [packages.TABLE_LABEL])
+    seen = np.asarray(ids.transform(view.size, Image.MESH, views.warp_mesh(view, (0, 0)), Image.NEAREST))
+    ((label, box),) = packages.labelled_boxes(seen, views.visible_shares(view, ids), [packages.TABLE_LABEL])
     assert label == packages.TABLE_LABEL
     return box
 
@@ -122,27 +147,51 @@ def test_objects_under_a_hand_are_left_out():
 
 
 def test_patches_are_tight():
-    style = drawings.Style((255, 255, 255), (0, 0, 0), (200, 0, 0), "DejaVuSans", "en")
-    for label in packages.DRAW:
-        patch = packages.draw_patch(np.random.default_rng(0), label, (120, 60), style)
+    for label in (packages.TABLE_LABEL, *packages.LABELS):
+        patch = packages.draw_patch(np.random.default_rng(0), label, (120, 60), STYLE)
         assert patch.getbbox() == (0, 0, *patch.size)
         assert patch.width <= 121
         assert patch.height <= 61
 
 
 def test_barcode_check_digit():
-    assert drawings.with_check_digit("400638133393") == "4006381333931"
-    assert len(drawings.ean13_bars("4006381333931")) == 95
-    assert drawings.ean13_bars("4006381333931").startswith("1010001101")  # guard, then 0 in the left code
+    assert marks.with_check_digit("400638133393") == "4006381333931"
+    assert len(marks.ean13_bars("4006381333931")) == 95
+    assert marks.ean13_bars("4006381333931").startswith("1010001101")  # guard, then 0 in the left code
 
 
-def test_free_corner():
-    taken = np.zeros((20, 20), bool)
-    taken[:, :10] = True
-    x, y = packages.free_corner(np.random.default_rng(0), taken, (30, 30))
-    assert x >= 10 * packages.CELL
-    assert 0 <= y <= 20 * packages.CELL - 30
-    assert packages.free_corner(np.random.default_rng(0), taken, (70, 70)) is None
+@pytest.fixture
+def surface():
+    """An empty label of 20 x 20 cells, of which the left half is taken."""
+    surface = Surface(np.random.default_rng(0), replace(plain_view(), label_size=(20 * CELL, 20 * CELL)), STYLE)
+    surface.taken[:] = False
+    surface.taken[:, :10] = True
+    return surface
+
+
+def test_free_corner(surface):
+    x, y = surface.free_corner((30, 30))
+    assert x >= 10 * CELL
+    assert 0 <= y <= 20 * CELL - 30
+    assert surface.free_corner((70, 70)) is None
+
+
+def test_what_is_placed_takes_its_room(surface):
+    patch = Image.new("RGBA", (30, 20), (200, 0, 0, 255))
+    rectangle = (70, 40, 100, 60)
+    assert surface.is_free(rectangle)
+    surface.place(patch, (70, 40), "logo")
+    assert not surface.is_free(rectangle)
+    assert surface.names == ["logo"]
+    assert surface.ids.getbbox() == rectangle
+    assert surface.image.getpixel((70, 40)) == (200, 0, 0)
+
+
+def test_clutter_is_no_object(surface):
+    surface.place(Image.new("RGBA", (30, 20), (200, 0, 0, 255)), (70, 40))
+    assert not surface.is_free((70, 40, 100, 60))
+    assert surface.names == []
+    assert surface.ids.getbbox() is None
 
 
 def test_folder_reads_like_the_hubs(folder, tmp_path):
@@ -153,7 +202,7 @@ def test_folder_reads_like_the_hubs(folder, tmp_path):
     for row in (*loaded["train"], *loaded["val"]):
         assert row["image"].size == (row["width"], row["height"])
         assert row["image"].format == "JPEG"
-        assert drawings.with_check_digit(row["meta"]["barcode"][:12]) == row["meta"]["barcode"]
+        assert marks.with_check_digit(row["meta"]["barcode"][:12]) == row["meta"]["barcode"]
         assert 1 <= len(row["objects"]["bbox"]) <= 3
         assert set(row["objects"]["category_name"]) == {"nutrition-table"}
         assert set(row["objects"]["category_id"]) == {0}
