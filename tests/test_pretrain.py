@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention
 
 from helpers.boxes import to_grid
-from helpers.collators import AssistantOnlyCollator
+from helpers.collators import AllTokensCollator, AssistantOnlyCollator
 from helpers.conversation import PROMPT, format_answer, to_conversation
 from helpers.tiny import pretrain
 from helpers.tiny.packages import TABLE_LABEL
@@ -50,13 +51,37 @@ def test_shortcut_loss_is_the_models_own_loss(model, processor, monkeypatch):
         }
         for i, label in enumerate(["logo", "barcode", "logo"])
     ]
-    with torch.no_grad():
-        own = model(**AssistantOnlyCollator(processor)(examples)).loss
-    # the collator also trains on nothing but the answer, so both average over the same tokens
-    assert shortcut.item() == pytest.approx(own.item(), abs=1e-4)
+    batch = AllTokensCollator(processor)(examples)
+    is_answer = AssistantOnlyCollator(processor)(examples)["labels"] != -100
+    end = processor.tokenizer.encode("\n")[0]  # after the last <|im_end|>: the pretraining leaves it out
+    is_question = (batch["labels"] != -100) & ~is_answer
+    for row in range(3):
+        last = is_question[row].nonzero()[-1]
+        assert batch["input_ids"][row, last] == end
+        is_question[row, last] = False
+
+    def own_loss(chosen):
+        with torch.no_grad():
+            return model(**batch | {"labels": batch["input_ids"].masked_fill(~chosen, -100)}).loss.item()
+
+    answers, questions = own_loss(is_answer), own_loss(is_question)
+    assert shortcut.item() == pytest.approx(answers + 0.1 * questions, abs=1e-4)
+    assert questions > 1  # so that its tenth counts
 
 
-def test_nutrition_tables_are_never_located_and_shown_in_one_picture_of_four(processor):
+def test_the_short_attention_is_left_whatever_happens():
+    original = VisionAttention.forward
+
+    def fail():
+        with pretrain.same_size_attention():
+            raise KeyError(VisionAttention.forward is original)
+
+    with pytest.raises(KeyError, match="False"):
+        fail()
+    assert VisionAttention.forward is original
+
+
+def test_nutrition_tables_are_never_located_and_shown_in_one_image_of_four(processor):
     box = (0.1, 0.1, 0.9, 0.9)
     pixels = torch.zeros((4, 3, 224, 224), dtype=torch.uint8)
     group = {"pixels": pixels, "objects": [[(TABLE_LABEL, box), ("logo", box)]] * 4}
@@ -80,7 +105,7 @@ def test_names_are_asked_for_without_boxes(processor):
     assert not [answer for *_, plain, mirrored in questions for answer in (plain, mirrored) if "box" in answer]
 
 
-def test_every_fourth_picture_is_asked_about_in_plain_words():
+def test_every_fourth_image_is_asked_about_in_plain_words():
     assert pretrain.wording_for(2) == PROMPT
     assert pretrain.wording_for(3) == "Detect the bounding box of the {label}."
 
