@@ -4,48 +4,70 @@ PYTHON ?= python3
 UV_VERSION := 0.13.8
 BIN := .venv/bin
 STORY := fine_tuning_vlm_for_object_detection_trl
-PAIRED := $(STORY).py $(wildcard notebooks/*.py)
+TOPICS := $(patsubst notebooks/%.py,%,$(wildcard notebooks/*.py))
+PAIRED := $(STORY).py $(TOPICS:%=notebooks/%.py)
 DATASET := outputs/tiny_dataset
 EXECUTED := outputs/demo/$(STORY).ipynb
+# nothing comes from a hub; JUPYTER_PATH comes first in Jupyter's search, so python3 is this environment's kernel
+PAPERMILL := HF_HUB_OFFLINE=1 JUPYTER_PATH=$(CURDIR)/.venv/share/jupyter $(BIN)/papermill \
+  --kernel python3 --language python --progress-bar
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint sync from-notebook notebook requirements
+.PHONY: help demo test lint sync from-notebook notebook topics topic requirements
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/installed $(DATASET)/.drawn  ## run the whole notebook on the embedded tiny model and data, without GPU or hub
 	@mkdir -p $(dir $(EXECUTED))
-	@# nothing comes from a hub; JUPYTER_PATH comes first in Jupyter's search, so python3 is this environment's kernel
-	HF_HUB_OFFLINE=1 JUPYTER_PATH=$(CURDIR)/.venv/share/jupyter $(BIN)/papermill $(STORY).ipynb $(EXECUTED) \
-	  --kernel python3 --parameters_file helpers/tiny/demo.yaml --log-output --progress-bar
+	$(PAPERMILL) $(STORY).ipynb $(EXECUTED) --parameters_file helpers/tiny/demo.yaml --log-output
 	$(BIN)/jupyter nbconvert --to html --CoalesceStreamsPreprocessor.enabled=True $(EXECUTED)
 	@echo "Read it: $(EXECUTED:.ipynb=.html)"
 
 test: lint  ## lint, then run every test
 	$(BIN)/python -m pytest
 
-lint: .venv/installed  ## check style and formatting
+lint: .venv/installed-dev  ## check style and formatting
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-sync: .venv/installed  ## print the notebooks and helper modules from the scripts
+sync: .venv/installed-dev  ## print the notebooks and helper modules from the scripts
 	$(BIN)/ruff format --quiet $(PAIRED)
 	$(BIN)/jupytext --quiet --update --to ipynb $(PAIRED)
 	$(BIN)/python -m helpers.export
 
-from-notebook: .venv/installed  ## take edits made in Jupyter or Colab back into the scripts, then sync
+from-notebook: .venv/installed-dev  ## take edits made in Jupyter or Colab back into the scripts, then sync
 	$(BIN)/jupytext --quiet --to py:percent $(PAIRED:.py=.ipynb)
 	$(MAKE) sync
 
-notebook: sync  ## run the demo and keep its outputs in the committed notebook
+notebook: sync  ## run the demo, then the topics, and keep their outputs in the committed notebooks
 	$(MAKE) demo
 	$(BIN)/python -m helpers.export $(EXECUTED)
 	cp $(dir $(EXECUTED))predictions.png helpers/tiny/demo.png
+	$(call refresh,$(TOPICS))
 
-requirements: $(BIN)/uv  ## pin the dependencies of pyproject.toml in requirements.txt
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev pyproject.toml \
-	  --output-file requirements.txt --no-emit-index-url --custom-compile-command "make requirements"
+topics: sync  ## run the topic notebooks only and keep their outputs; some of them read what the demo left
+	$(call refresh,$(TOPICS))
+
+topic: sync  ## run one topic notebook and keep its outputs: make topic NAME=04_evaluation_analysis
+	$(if $(filter $(NAME),$(TOPICS)),,$(error NAME is one of: $(TOPICS)))
+	$(call refresh,$(NAME))
+
+# each notebook runs in its own folder, as in Jupyter
+define refresh
+@mkdir -p outputs/topics
+set -e; for name in $(1); do \
+  $(PAPERMILL) notebooks/$$name.ipynb outputs/topics/$$name.ipynb --cwd notebooks --no-log-output; \
+  $(BIN)/python -m helpers.export outputs/topics/$$name.ipynb; \
+done
+endef
+
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url \
+  --custom-compile-command "make requirements"
+
+requirements: $(BIN)/uv  ## pin the dependencies of pyproject.toml: users' in requirements.txt, the rest in tests/
+	$(COMPILE) pyproject.toml --output-file requirements.txt
+	$(COMPILE) --group dev --constraints requirements.txt --output-file tests/requirements.txt
 
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || { \
@@ -57,6 +79,10 @@ $(BIN)/uv:
 
 .venv/installed: requirements.txt | $(BIN)/uv
 	$(BIN)/uv pip install --python $(BIN)/python -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: tests/requirements.txt .venv/installed
+	$(BIN)/uv pip install --python $(BIN)/python -r tests/requirements.txt
 	@touch $@
 
 # drawn anew when what draws it has changed

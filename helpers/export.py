@@ -1,62 +1,109 @@
-"""Print what follows from the main script: the modules of this package, and the outputs in its notebook.
+"""Print what follows from the scripts: the modules of this package, and the outputs in the notebooks.
 
-    python -m helpers.export                                   # helpers/<module>.py (a part of `make sync`)
-    python -m helpers.export outputs/demo/<executed>.ipynb     # the outputs of this run (a part of `make notebook`)
+    python -m helpers.export                                     # helpers/<module>.py (a part of `make sync`)
+    python -m helpers.export outputs/topics/04_analysis.ipynb    # outputs of executed notebooks (of `make notebook`)
 
-A code cell of the script that opens with `#| export <module>` is printed into `helpers/<module>.py`, with the imports
-that it needs: the script's own and those of sibling modules. Such a cell may only define functions, classes and
-names, and may read nothing but imports and other exported names, so that exported code has no hidden inputs. A module
-with a function `main` is printed as a command: it ends by calling it.
+The scripts are the story at the top of the repository and the topics in notebooks/. A code cell that opens with
+`#| export <module>` is printed into `helpers/<module>.py`; the first such cell of a module also says what the module
+is for: `#| export boxes: Pixels to a model's coordinates and back.` A module gets the imports that it needs: those of
+its script, and those of the modules that its script exports beside it. What a topic takes from elsewhere it imports at
+its top (`from helpers.boxes import to_grid`); the story imports no helpers.
+
+An export cell may only define functions, classes and names, and may read nothing but imports and other exported
+names, so that exported code has no hidden inputs. A module with a function `main` is printed as a command: it ends by
+calling it.
 """
 
 import argparse
 import ast
 import hashlib
+import itertools
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jupytext
 import nbformat
-from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from nbformat import NotebookNode
+from nbformat.v4 import new_output
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "fine_tuning_vlm_for_object_detection_trl.py"
+SCRIPTS = [SCRIPT, *sorted((ROOT / "notebooks").glob("*.py"))]  # the story, then the topics
 PACKAGE = ROOT / "helpers"
 
-MARK = re.compile(r"#\| export ([a-z][a-z0-9_]*)\n")
-HEADER = '"""Printed from {script}: edit the script, then run `make sync`."""'
+MARK = re.compile(r"#\| export ([a-z][a-z0-9_]*)(?:: (.+\.))?\n")
+HEADER = '"""{purpose}\n\nPrinted from {script}: edit that, then run `make sync`.\n"""'
+PRINTED = re.compile(r'"""(.*\n\n)?Printed from ')  # how printed modules begin
 RUN_AS_SCRIPT = 'if __name__ == "__main__":\n    main()\n'  # ends a module that defines `main`
-PRINTED = HEADER.partition("{")[0]  # how the first line of every printed module begins
+
 LARGEST_NOTEBOOK = 3_000_000  # bytes; code hosts stop showing notebooks that are much larger
 WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar that only lives beside its kernel
+LASTING_METADATA = ("jupytext", "kernelspec", "tags")  # the rest is times, widgets, the machine
+
+CURSOR_UP = "\x1b[A"
+PIECES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x00-\x08\n-\x1f\x7f]+")  # other control characters are left out
+BAR = re.compile(r"(.*?)\d{1,3}%\|.*\| \S+/\S+ \[")  # tqdm: description, percentage, bar, count/total [time]
 
 
 # The modules
 
 
-def export_cells(script: Path) -> dict[str, list[str]]:
-    """The code of the script's export cells, without their marks, by the module that they go to."""
-    modules = {}
+@dataclass(frozen=True)
+class Module:
+    """A module as its script defines it."""
+
+    name: str
+    script: Path
+    purpose: str  # one sentence
+    cells: list[str]  # code, without marks
+
+
+def export_cells(script: Path) -> list[tuple[str, str | None, str]]:
+    """Module, sentence (None without one) and code of each export cell. Exits where a mark is misspelt."""
+    cells = []
     for source in code_sources(jupytext.read(script)):
         if mark := MARK.match(source):
-            modules.setdefault(mark[1], []).append(source[mark.end() :])
+            cells.append((mark[1], mark[2], source[mark.end() :]))
         elif re.search(r"^#\s*\|", source, flags=re.MULTILINE):
-            sys.exit(f"{script.name}: a cell must open with `#| export <module>`, this one does not:\n{source}")
+            sys.exit(
+                f"{script.name}: a cell must open with `#| export <module>` or `#| export <module>: A sentence.`, "
+                f"this one does not:\n{source}"
+            )
+    return cells
+
+
+def read_modules(script: Path) -> list[Module]:
+    """The modules that a script exports to. Exits unless the first cell of each, and no other, says what it is for."""
+    cells = export_cells(script)
+    modules = []
+    for name in dict.fromkeys(name for name, _, _ in cells):
+        purpose, *others = [sentence for module, sentence, _ in cells if module == name]
+        if not purpose or any(others):
+            sys.exit(
+                f"{script.name}: the first cell of `{name}`, and no other, says what the module is for: "
+                f"`#| export {name}: What it is for.`"
+            )
+        modules.append(Module(name, script, purpose, [code for module, _, code in cells if module == name]))
     return modules
 
 
-def top_level_imports(script: Path) -> list[str]:
-    """The script's import statements; those inside of `if` blocks or functions stay where they are."""
-    body = ast.parse(script.read_text()).body
-    return [ast.unparse(node) for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+def read_all_modules(scripts: Sequence[Path]) -> list[Module]:
+    """The modules of all scripts. Exits where two scripts export to the same one."""
+    modules = [module for script in scripts for module in read_modules(script)]
+    for one, other in itertools.combinations(modules, 2):
+        if one.name == other.name:
+            scripts_of_both = f"{one.script.name} and {other.script.name}"
+            sys.exit(f"`{one.name}` has two sources, {scripts_of_both}: export to it from one of them only")
+    return modules
 
 
 def defined_names(module: str, source: str) -> list[str]:
-    """The names that one export cell defines; a cell that does anything else is refused."""
+    """The names that one export cell defines. Exits where the cell does anything else."""
     names = []
     for node in ast.parse(source).body:
         match node:
@@ -69,15 +116,42 @@ def defined_names(module: str, source: str) -> list[str]:
     return names
 
 
-def names_by_module(modules: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The names that each module defines; a name belongs to one module only."""
+def find_owners(modules: Sequence[Module]) -> dict[str, Module]:
+    """The module of each exported name. Exits where a name is exported twice."""
     owners = {}
-    for module, cells in modules.items():
-        for name in (name for cell in cells for name in defined_names(module, cell)):
+    for module in modules:
+        for name in (name for cell in module.cells for name in defined_names(module.name, cell)):
             if name in owners:
-                sys.exit(f"`{name}` is exported twice, to `{owners[name]}` and to `{module}`: rename one")
+                sys.exit(f"`{name}` is exported twice, to `{owners[name].name}` and to `{module.name}`: rename one")
             owners[name] = module
-    return {module: [name for name in owners if owners[name] == module] for module in modules}
+    return owners
+
+
+def import_nodes(script: Path) -> list[ast.Import | ast.ImportFrom]:
+    """A script's import statements; those inside of `if` blocks or functions are not meant."""
+    return [node for node in ast.parse(script.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def top_level_imports(script: Path) -> list[str]:
+    """The text of a script's import statements."""
+    return [ast.unparse(node) for node in import_nodes(script)]
+
+
+def imports_of_printed(script: Path, modules: Sequence[Module]) -> list[tuple[Module, str]]:
+    """Module and name of all that a script imports by `from helpers.<module> import <name>` from printed modules."""
+    by_path = {f"helpers.{module.name}": module for module in modules}
+    nodes = [node for node in import_nodes(script) if isinstance(node, ast.ImportFrom) and node.module in by_path]
+    return [(by_path[node.module], alias.name) for node in nodes for alias in node.names]
+
+
+def refuse_wrong_imports(script: Path, modules: Sequence[Module], owners: dict[str, Module]) -> None:
+    """Stop where a script imports a name from a module that it is not exported to, or from one of its own modules."""
+    for module, name in imports_of_printed(script, modules):
+        if module.script == script:
+            sys.exit(f"{script.name} exports to `{module.name}` and imports `{name}` from it: drop the import")
+        if owners.get(name) != module:
+            elsewhere = f", but to `{owners[name].name}`" if name in owners else ""
+            sys.exit(f"{script.name} imports `{name}` from `{module.name}`; it is not exported to that{elsewhere}")
 
 
 def ruff(text: str, module: str, *arguments: str) -> str:
@@ -90,44 +164,61 @@ def ruff(text: str, module: str, *arguments: str) -> str:
     return result.stdout
 
 
-def refuse_undefined_names(text: str, module: str) -> None:
-    """Stop where exported code reads a variable of the notebook."""
+def refuse_undefined_names(text: str, module: str, owners: dict[str, Module]) -> None:
+    """Stop where exported code reads a variable of its notebook, or what only another script defines."""
     findings = json.loads(ruff(text, module, "check", "--select", "F821", "--output-format", "json"))
-    if findings:
-        names = ", ".join(sorted({re.search("`(.+)`", finding["message"])[1] for finding in findings}))
+    names = sorted({re.search("`(.+)`", finding["message"])[1] for finding in findings})
+    for name in names:
+        if name in owners:
+            sys.exit(
+                f"helpers/{module}.py: `{name}` is exported by {owners[name].script.name}. A topic imports it at its "
+                f"top: `from helpers.{owners[name].name} import {name}`. The story stands alone: define it there"
+            )
+    if names:
         sys.exit(
-            f"helpers/{module}.py: undefined (F821): {names}. Exported code sees imports and exported names only: "
-            "pass it as an argument, or export its definition too"
+            f"helpers/{module}.py: undefined (F821): {', '.join(names)}. Exported code sees imports and exported "
+            "names only: pass it as an argument, or export its definition too"
         )
 
 
-def printed_modules(script: Path) -> dict[str, str]:
-    """The text of every helper module, by its name."""
-    modules, imports = export_cells(script), top_level_imports(script)
-    names = names_by_module(modules)
-    pages = {}
-    for module, cells in modules.items():
-        siblings = [f"from helpers.{other} import {', '.join(names[other])}" for other in modules if other != module]
-        ending = [RUN_AS_SCRIPT] if "main" in names[module] else []
-        text = "\n\n".join([HEADER.format(script=script.name), "\n".join(imports + siblings), *cells, *ending])
-        text = ruff(text, module, "check", "--fix-only", "--quiet", "--select", "F,I")  # drops the unused imports
-        refuse_undefined_names(text, module)
-        pages[module] = ruff(text, module, "format", "--quiet")
-    return pages
+def print_module(module: Module, owners: dict[str, Module], root: Path) -> str:
+    """The text of one helper module; its source is named by the path from `root`."""
+    header = HEADER.format(purpose=module.purpose, script=module.script.relative_to(root).as_posix())
+    beside = {name: owner.name for name, owner in owners.items() if owner.script == module.script and owner != module}
+    siblings = [f"from helpers.{owner} import {name}" for name, owner in beside.items()]
+    ending = [RUN_AS_SCRIPT] if owners.get("main") == module else []
+    text = "\n\n".join([header, "\n".join(top_level_imports(module.script) + siblings), *module.cells, *ending])
+    text = ruff(text, module.name, "check", "--fix-only", "--quiet", "--select", "F,I")  # drops the unused imports
+    refuse_undefined_names(text, module.name, owners)
+    return ruff(text, module.name, "format", "--quiet")
+
+
+def printed_modules(scripts: Sequence[Path]) -> dict[str, str]:
+    """The text of every helper module, by its name. `scripts`: the story, then the topics."""
+    modules = read_all_modules(scripts)
+    owners = find_owners(modules)
+    for script in scripts:
+        refuse_wrong_imports(script, modules, owners)
+    return {module.name: print_module(module, owners, root=scripts[0].parent) for module in modules}
 
 
 def is_printed(path: Path) -> bool:
-    """Whether a module of the package was printed, not written by hand."""
-    return path.read_text().startswith(PRINTED)
+    """Whether a module of the package was printed, not written by hand. It need not be valid Python."""
+    return PRINTED.match(path.read_text()) is not None
 
 
-def write_modules(script: Path, package: Path) -> None:
-    """Print the modules into `package`; those whose cells are gone are deleted."""
-    pages = {package / f"{module}.py": text for module, text in printed_modules(script).items()}
+def find_orphans(package: Path, pages: Collection[Path]) -> list[Path]:
+    """The printed modules in `package` that are not among `pages`."""
+    return [path for path in sorted(package.glob("*.py")) if is_printed(path) and path not in pages]
+
+
+def write_modules(scripts: Sequence[Path], package: Path) -> None:
+    """Print the modules of all scripts into `package`; those whose cells are gone are deleted."""
+    pages = {package / f"{module}.py": text for module, text in printed_modules(scripts).items()}
     for path in pages:
         if path.exists() and not is_printed(path):
             sys.exit(f"{path} is written by hand: choose another name in `#| export {path.stem}`")
-    for path in set(filter(is_printed, package.glob("*.py"))) - set(pages):
+    for path in find_orphans(package, pages):
         path.unlink()
         print(f"deleted {path.name}: no cell exports to it")
     for path, text in pages.items():
@@ -136,7 +227,7 @@ def write_modules(script: Path, package: Path) -> None:
             print(f"printed {path.name}")
 
 
-# The notebook's outputs
+# The code of a notebook
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
@@ -155,26 +246,155 @@ def code_digest(notebook: NotebookNode) -> str:
     return hashlib.sha256(json.dumps(code_sources(notebook)).encode()).hexdigest()
 
 
+# What a run leaves on the screen
+
+
+def bar_name(text: str) -> str | None:
+    """The description of a progress bar; None where a line shows no bar."""
+    match = BAR.match(text)
+    return match and match[1].strip()
+
+
+@dataclass
+class Line:
+    """A line on a screen, and the number of the output that began it."""
+
+    text: str = ""
+    began: int | None = None
+
+
+class Screen:
+    """The lines that a stream leaves on a terminal.
+
+    Unlike there, text after a carriage return replaces the whole line, and a bar that ran inside of another one leaves
+    nothing behind.
+    """
+
+    def __init__(self) -> None:
+        self.lines = [Line()]
+        self.row = 0  # of the cursor
+        self.replacing = False  # the next text replaces the line
+        self.closing = False  # the next newline is the end of an inner bar
+
+    def write(self, number: int, text: str) -> None:
+        """Show the text of output `number`."""
+        for piece in PIECES.findall(text):
+            if piece == "\n":
+                self.end_line(number)
+            elif piece == "\r":
+                self.replacing = True
+            elif piece == CURSOR_UP:
+                self.row = max(0, self.row - 1)
+            elif not piece.startswith("\x1b"):  # colours and the like are left out
+                self.put(number, piece)
+
+    def put(self, number: int, text: str) -> None:
+        """Write text without control characters into the line of the cursor."""
+        if self.replacing and self.is_below(bar_name(text)):
+            # tqdm closes an inner bar by writing it over the outer one, which it then draws in a new line
+            del self.lines[self.row + 1 :]
+            self.closing = True
+            return
+        line = self.begin_line(number)
+        is_bar = bar_name(line.text) is not None  # text that was printed into a bar takes its line, too
+        line.text = text if self.replacing or is_bar else line.text + text
+        self.replacing = False
+
+    def is_below(self, name: str | None) -> bool:
+        """Whether a bar of this name stands below the cursor."""
+        return name is not None and name in [bar_name(line.text) for line in self.lines[self.row + 1 :]]
+
+    def begin_line(self, number: int) -> Line:
+        """The line of the cursor, begun by output `number` if it is empty."""
+        line = self.lines[self.row]
+        line.began = line.began if line.text.strip() else number
+        return line
+
+    def end_line(self, number: int) -> None:
+        """Move the cursor to the next line."""
+        if self.closing:
+            self.closing = False
+            return
+        self.begin_line(number)
+        self.row += 1
+        self.replacing = True
+        if self.row == len(self.lines):
+            self.lines.append(Line())
+
+    def shown(self) -> list[tuple[int, str]]:
+        """Number and text of each line; those that were wiped with spaces are gone."""
+        begun = [line for line in self.lines if line.began is not None and not line.text.isspace()]
+        return [(line.began, line.text.rstrip()) for line in begun]
+
+
+# The outputs of a run
+
+
+def refresh_command(script: Path) -> str:
+    """What runs a script's notebook anew and keeps its outputs."""
+    return f"make topic NAME={script.stem}" if script.parent.name == "notebooks" else "make notebook"
+
+
 def refuse_unfinished(executed: NotebookNode, path: Path) -> None:
     """Stop where papermill did not bring every cell to its end."""
     if any(cell.metadata.get("papermill", {}).get("status") != "completed" for cell in code_cells(executed)):
-        sys.exit(f"{path} is not a finished run of papermill: run `make notebook`")
+        sys.exit(f"{path} is not a finished run of papermill: run it again")
 
 
 def refuse_other_code(executed: NotebookNode, committed: NotebookNode, script: Path) -> None:
     """Stop where the run, the notebook and the script do not hold the same code."""
     wanted = code_sources(jupytext.read(script))
     if code_sources(committed) != wanted:
-        sys.exit(f"{script.name} and its notebook differ: run `make sync`, then `make notebook`")
+        sys.exit(f"{script.name} and its notebook differ: run `make sync`, then `{refresh_command(script)}`")
     if code_sources(executed) != wanted:
-        sys.exit(f"the executed notebook holds other code than {script.name}: run `make notebook`")
+        sys.exit(f"the executed notebook holds other code than {script.name}: run `{refresh_command(script)}`")
+
+
+def find_problem(cell: NotebookNode) -> str | None:
+    """The first error or warning among a cell's outputs; None without one."""
+    printed = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+    errors = [f"{output.ename}: {output.evalue}" for output in cell.outputs if output.output_type == "error"]
+    warnings = [line for line in printed.splitlines() if "Warning:" in line]  # `story.py:1: UserWarning: …`
+    return next(iter(errors + warnings), None)
+
+
+def refuse_problems(executed: NotebookNode, path: Path) -> None:
+    """Stop where a cell shows an error or a warning, which a reader should not have to wonder about."""
+    for cell in code_cells(executed):
+        if problem := find_problem(cell):
+            name = f"cell [{cell.execution_count}] of {path} (`{cell.source.splitlines()[0]}`)"
+            sys.exit(f"{name} shows: {problem}\nMend the cause, or filter the warning and say why")
+
+
+def join_lines(items: Sequence[str | NotebookNode]) -> list[NotebookNode]:
+    """Lines and other outputs in their order, neighbouring lines as one stream."""
+    outputs = []
+    for are_lines, group in itertools.groupby(items, key=lambda item: isinstance(item, str)):
+        if are_lines:
+            outputs.append(new_output("stream", name="stdout", text="".join(f"{line}\n" for line in group)))
+        else:
+            outputs.extend(group)
+    return outputs
 
 
 def lasting_outputs(cell: NotebookNode) -> list[NotebookNode]:
-    """A cell's outputs without widgets, which are dead without their kernel, and with each progress bar at its end."""
-    kept = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
-    merged, _ = CoalesceStreamsPreprocessor().preprocess_cell(NotebookNode(outputs=kept), {}, 0)
-    return merged.outputs
+    """A cell's outputs: what its streams leave on a screen, and no widgets, which are dead without their kernel."""
+    screens = {"stdout": Screen(), "stderr": Screen()}
+    numbered = []
+    for number, output in enumerate(cell.outputs):
+        if output.output_type == "stream":
+            screens[output.name].write(number, output.text)
+        elif WIDGET not in output.get("data", {}):
+            numbered.append((number, output))
+    numbered += screens["stdout"].shown() + screens["stderr"].shown()
+    return join_lines([item for _, item in sorted(numbered, key=lambda pair: pair[0])])
+
+
+def drop_metadata(notebook: NotebookNode) -> None:
+    """Leave of the metadata of a notebook and its cells only what outlasts a run."""
+    for node in [notebook, *notebook.cells]:
+        for key in set(node.metadata) - set(LASTING_METADATA):
+            del node.metadata[key]
 
 
 def take_outputs(path: Path, script: Path) -> None:
@@ -183,8 +403,10 @@ def take_outputs(path: Path, script: Path) -> None:
     executed, committed = (nbformat.read(notebook, as_version=4) for notebook in (path, target))
     refuse_unfinished(executed, path)
     refuse_other_code(executed, committed, script)
+    refuse_problems(executed, path)
     for cell, ran in zip(code_cells(committed), code_cells(executed), strict=True):
         cell.outputs, cell.execution_count = lasting_outputs(ran), ran.execution_count
+    drop_metadata(committed)
     committed.metadata["executed_code_digest"] = code_digest(committed)
     text = jupytext.writes(committed, fmt="ipynb") + "\n"  # as `make sync` would write it
     if (size := len(text.encode())) > LARGEST_NOTEBOOK:
@@ -193,14 +415,22 @@ def take_outputs(path: Path, script: Path) -> None:
     print(f"{target.name} has the outputs of {path}")
 
 
+def find_script(executed: Path, scripts: Sequence[Path]) -> Path:
+    """The script that an executed notebook is called after."""
+    by_stem = {script.stem: script for script in scripts}
+    if executed.stem not in by_stem:
+        sys.exit(f"{executed} belongs to no script: there is no {executed.stem}.py")
+    return by_stem[executed.stem]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("executed", nargs="?", type=Path, help="a notebook that papermill executed: take its outputs")
+    parser.add_argument("executed", nargs="*", type=Path, help="notebooks that papermill executed: take their outputs")
     arguments = parser.parse_args()
-    if arguments.executed:
-        take_outputs(arguments.executed, SCRIPT)
-    else:
-        write_modules(SCRIPT, PACKAGE)
+    for executed in arguments.executed:
+        take_outputs(executed, find_script(executed, SCRIPTS))
+    if not arguments.executed:
+        write_modules(SCRIPTS, PACKAGE)
 
 
 if __name__ == "__main__":

@@ -6,28 +6,32 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jupytext
 import pytest
+from nbformat.v4 import new_output
 
 from helpers.export import (
     LARGEST_NOTEBOOK,
     PACKAGE,
     ROOT,
     SCRIPT,
+    SCRIPTS,
+    code_cells,
     code_digest,
-    export_cells,
-    is_printed,
+    find_orphans,
+    find_problem,
+    lasting_outputs,
     printed_modules,
+    read_all_modules,
+    refresh_command,
     top_level_imports,
     write_modules,
 )
 
-NOTEBOOKS = ROOT / "notebooks"
-PAIRED = [SCRIPT, *sorted(NOTEBOOKS.glob("*.py"))]
-
-SMALL_SCRIPT = """\
+STORY = """\
 # %% [markdown]
 # # A small story
 
@@ -38,13 +42,33 @@ import math
 STEPS = 100
 
 # %%
-#| export shapes
+#| export shapes: Shapes without corners.
 def circle(radius):
     return math.pi * radius**2
 
 
 # %%
 circle(STEPS)
+"""
+
+TOPIC = """\
+# %% [markdown]
+# # A small topic
+
+# %%
+from helpers.shapes import circle
+
+# %% tags=["parameters"]
+HEIGHT = 10
+
+# %%
+#| export volumes: What stands on shapes.
+def cylinder(radius, height):
+    return circle(radius) * height
+
+
+# %%
+cylinder(1, HEIGHT)
 """
 
 # Imports one module per child of a process that has loaded the packages of the story, but no helper: loading those
@@ -61,13 +85,13 @@ for module in sys.argv[1:]:
 """
 
 
-def check_modules(script: Path, package: Path) -> None:
-    """Every printed module is what the script prints now, and none outlives its cells."""
-    pages = {package / f"{module}.py": text for module, text in printed_modules(script).items()}
-    orphans = sorted(path.name for path in set(filter(is_printed, package.glob("*.py"))) - set(pages))
-    assert not orphans, f"no cell of {script.name} exports to {orphans}: run `make sync`, which deletes them"
+def check_modules(scripts: Sequence[Path], package: Path) -> None:
+    """Every printed module is what its script prints now, and none outlives its cells."""
+    pages = {package / f"{module}.py": text for module, text in printed_modules(scripts).items()}
+    orphans = [path.name for path in find_orphans(package, pages)]
+    assert not orphans, f"no cell exports to {orphans}: run `make sync`, which deletes them"
     stale = sorted(path.name for path, text in pages.items() if not path.exists() or path.read_text() != text)
-    assert not stale, f"{stale} are not what {script.name} prints: edit the script only, then run `make sync`"
+    assert not stale, f"{stale} are not what their scripts print: edit the scripts only, then run `make sync`"
 
 
 def cells(path: Path) -> list[tuple[str, str, list[str]]]:
@@ -85,13 +109,28 @@ def check_notebook(script: Path) -> None:
     )
 
 
+def check_parameters(script: Path) -> None:
+    """One cell is tagged, as the one whose settings papermill replaces."""
+    tagged = [tags for _, _, tags in cells(script) if tags]
+    assert tagged == [["parameters"]], f'{script.name} needs one cell `# %% tags=["parameters"]`, then run `make sync`'
+
+
 def check_outputs(script: Path) -> None:
     """The outputs in a script's notebook came from a run of exactly this code."""
     notebook = jupytext.read(script.with_suffix(".ipynb"))
     executed = notebook.metadata.get("executed_code_digest")
     assert executed == code_digest(notebook), (
-        f"the outputs for {script.name} are not of this code: run `make notebook`"
+        f"the outputs for {script.name} are not of this code: run `{refresh_command(script)}`"
     )
+
+
+def check_outputs_are_plain(script: Path) -> None:
+    """The outputs show no error, no warning, no widget, no control character and each progress bar once."""
+    for number, cell in enumerate(code_cells(jupytext.read(script.with_suffix(".ipynb"))), start=1):
+        odd = find_problem(cell) or cell.outputs != lasting_outputs(cell)
+        assert not odd, (
+            f"code cell {number} of {script.stem}.ipynb shows what no reader needs: run `{refresh_command(script)}`"
+        )
 
 
 def imports_helpers(code: str) -> bool:
@@ -105,41 +144,51 @@ def imports_helpers(code: str) -> bool:
     return any(module.partition(".")[0] == "helpers" for module in modules)
 
 
-def test_modules_follow_from_the_script():
-    check_modules(SCRIPT, PACKAGE)
+each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 
 
-@pytest.mark.parametrize("script", PAIRED, ids=lambda path: path.stem)
+def test_modules_follow_from_the_scripts():
+    check_modules(SCRIPTS, PACKAGE)
+
+
+@each_script
 def test_notebook_follows_from_its_script(script: Path):
     check_notebook(script)
 
 
-def test_no_notebook_without_a_script():
-    assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == {path.stem for path in NOTEBOOKS.glob("*.py")}
+@each_script
+def test_parameters_cell_is_tagged(script: Path):
+    check_parameters(script)
 
 
-def test_parameters_cell_is_tagged():
-    for path in (SCRIPT, SCRIPT.with_suffix(".ipynb")):
-        assert [tags for _, _, tags in cells(path) if tags] == [["parameters"]]
+@each_script
+def test_outputs_belong_to_the_code(script: Path):
+    check_outputs(script)
 
 
-def test_outputs_belong_to_the_code():
-    check_outputs(SCRIPT)
+@each_script
+def test_outputs_are_plain(script: Path):
+    check_outputs_are_plain(script)
 
 
-@pytest.mark.parametrize("script", PAIRED, ids=lambda path: path.stem)
+@each_script
 def test_notebook_is_small(script: Path):
     assert script.with_suffix(".ipynb").stat().st_size < LARGEST_NOTEBOOK
 
 
-def test_script_stands_alone():
+def test_no_notebook_without_a_script():
+    notebooks = [*ROOT.glob("*.ipynb"), *(ROOT / "notebooks").glob("*.ipynb")]
+    assert sorted(notebooks) == sorted(script.with_suffix(".ipynb") for script in SCRIPTS)
+
+
+def test_story_stands_alone():
     assert not imports_helpers(SCRIPT.read_text())
 
 
 @pytest.mark.slow
 def test_every_module_imports_alone():
     program = "\n".join(top_level_imports(SCRIPT)) + IMPORT_ALONE
-    modules = [f"helpers.{module}" for module in export_cells(SCRIPT)]
+    modules = [f"helpers.{module.name}" for module in read_all_modules(SCRIPTS)]
     run = subprocess.run([sys.executable, "-c", program, *modules], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
@@ -148,16 +197,28 @@ def test_every_module_imports_alone():
 
 
 @pytest.fixture
-def script(tmp_path: Path) -> Path:
-    """A small script with its notebook, its outputs and its package, all in step."""
-    script = tmp_path / "story.py"
-    script.write_text(SMALL_SCRIPT)
-    (tmp_path / "helpers").mkdir()
-    write_modules(script, tmp_path / "helpers")
-    notebook = jupytext.read(script)
-    notebook.metadata["executed_code_digest"] = code_digest(notebook)
-    jupytext.write(notebook, script.with_suffix(".ipynb"))
-    return script
+def scripts(tmp_path: Path) -> list[Path]:
+    """A small story and a small topic with their notebooks, their outputs and their modules, all in step."""
+    scripts = [tmp_path / "story.py", tmp_path / "notebooks/04_volumes.py"]
+    for folder in ("notebooks", "helpers"):
+        (tmp_path / folder).mkdir()
+    for script, text in zip(scripts, (STORY, TOPIC), strict=True):
+        script.write_text(text)
+        notebook = jupytext.read(script)
+        notebook.metadata["executed_code_digest"] = code_digest(notebook)
+        jupytext.write(notebook, script.with_suffix(".ipynb"))
+    write_modules(scripts, tmp_path / "helpers")
+    return scripts
+
+
+@pytest.fixture
+def story(scripts: list[Path]) -> Path:
+    return scripts[0]
+
+
+@pytest.fixture
+def package(story: Path) -> Path:
+    return story.parent / "helpers"
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -165,67 +226,100 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(path.read_text().replace(old, new))
 
 
-def test_checks_pass_when_all_is_in_step(script: Path):
-    check_modules(script, script.parent / "helpers")
-    check_notebook(script)
-    check_outputs(script)
-
-
-def test_edited_module_is_found_and_mended(script: Path):
-    package = script.parent / "helpers"
-    edit(package / "shapes.py", "radius**2", "radius**3")
-    with pytest.raises(AssertionError, match=r"shapes\.py.* edit the script only, then run `make sync`"):
-        check_modules(script, package)
-    write_modules(script, package)
-    assert "radius**2" in (package / "shapes.py").read_text()
-    check_modules(script, package)
-
-
-def test_edited_script_is_found(script: Path):
-    edit(script, "radius**2", "radius**3")
-    with pytest.raises(AssertionError, match="run `make sync`"):
-        check_modules(script, script.parent / "helpers")
-    with pytest.raises(AssertionError, match="run `make sync` if you edited the script"):
+def test_checks_pass_when_all_is_in_step(scripts: list[Path], package: Path):
+    check_modules(scripts, package)
+    assert sorted(path.name for path in package.iterdir()) == ["shapes.py", "volumes.py"]
+    for script in scripts:
         check_notebook(script)
-
-
-def test_edited_notebook_is_found(script: Path):
-    edit(script.with_suffix(".ipynb"), "circle(STEPS)", "circle(2)")
-    check_modules(script, script.parent / "helpers")
-    with pytest.raises(AssertionError, match="`make from-notebook` if you edited the notebook"):
-        check_notebook(script)
-
-
-def test_lost_tag_is_found(script: Path):
-    edit(script.with_suffix(".ipynb"), '"parameters"', '"other"')
-    with pytest.raises(AssertionError, match="make from-notebook"):
-        check_notebook(script)
-
-
-def test_missing_notebook_is_found(script: Path):
-    script.with_suffix(".ipynb").unlink()
-    with pytest.raises(AssertionError, match=r"story\.ipynb is missing: run `make sync`"):
-        check_notebook(script)
-
-
-def test_orphan_is_found_and_mended(script: Path):
-    package = script.parent / "helpers"
-    edit(script, "#| export shapes", "#| export areas")
-    with pytest.raises(AssertionError, match=r"\['shapes\.py'\]: run `make sync`, which deletes them"):
-        check_modules(script, package)
-    write_modules(script, package)
-    assert sorted(path.name for path in package.iterdir()) == ["areas.py"]
-
-
-def test_outputs_of_other_code_are_found(script: Path):
-    edit(script.with_suffix(".ipynb"), "circle(STEPS)", "circle(2)")
-    with pytest.raises(AssertionError, match="run `make notebook`"):
+        check_parameters(script)
         check_outputs(script)
+        check_outputs_are_plain(script)
 
 
-def test_prose_does_not_age_the_outputs(script: Path):
-    edit(script.with_suffix(".ipynb"), "A small story", "A better title")
-    check_outputs(script)
+@pytest.mark.parametrize(
+    ("module", "old", "new"), [("shapes", "radius**2", "radius**3"), ("volumes", "* height", "+ height")]
+)
+def test_edited_module_is_found_and_mended(scripts: list[Path], package: Path, module: str, old: str, new: str):
+    edit(package / f"{module}.py", old, new)
+    with pytest.raises(AssertionError, match=rf"'{module}\.py'.* edit the scripts only, then run `make sync`"):
+        check_modules(scripts, package)
+    write_modules(scripts, package)
+    assert old in (package / f"{module}.py").read_text()
+    check_modules(scripts, package)
+
+
+@pytest.mark.parametrize(
+    ("number", "old", "new"), [(0, "radius**2", "radius**3"), (1, "* height", "+ height")], ids=["story", "topic"]
+)
+def test_edited_script_is_found(scripts: list[Path], package: Path, number: int, old: str, new: str):
+    edit(scripts[number], old, new)
+    with pytest.raises(AssertionError, match="run `make sync`"):
+        check_modules(scripts, package)
+    with pytest.raises(AssertionError, match="run `make sync` if you edited the script"):
+        check_notebook(scripts[number])
+    check_notebook(scripts[1 - number])
+
+
+@pytest.mark.parametrize(
+    ("number", "old", "new"),
+    [(0, "circle(STEPS)", "circle(2)"), (1, "cylinder(1, HEIGHT)", "cylinder(2, HEIGHT)")],
+    ids=["story", "topic"],
+)
+def test_edited_notebook_is_found(scripts: list[Path], package: Path, number: int, old: str, new: str):
+    edit(scripts[number].with_suffix(".ipynb"), old, new)
+    check_modules(scripts, package)
+    with pytest.raises(AssertionError, match="`make from-notebook` if you edited the notebook"):
+        check_notebook(scripts[number])
+    check_notebook(scripts[1 - number])
+
+
+@pytest.mark.parametrize(
+    ("number", "old", "command"),
+    [(0, "circle(STEPS)", "make notebook"), (1, "cylinder(1, HEIGHT)", "make topic NAME=04_volumes")],
+    ids=["story", "topic"],
+)
+def test_outputs_of_other_code_are_found(scripts: list[Path], number: int, old: str, command: str):
+    edit(scripts[number].with_suffix(".ipynb"), old, "1 + 1")
+    with pytest.raises(AssertionError, match=f"run `{command}`"):
+        check_outputs(scripts[number])
+    check_outputs(scripts[1 - number])
+
+
+def test_prose_does_not_age_the_outputs(story: Path):
+    edit(story.with_suffix(".ipynb"), "A small story", "A better title")
+    check_outputs(story)
+
+
+@pytest.mark.parametrize("text", ["\rtraining:  50%\rtraining: 100%\n", "story.py:1: UserWarning: old\n"])
+def test_output_that_no_reader_needs_is_found(story: Path, text: str):
+    notebook = jupytext.read(story.with_suffix(".ipynb"))
+    notebook.cells[2].outputs = [new_output("stream", name="stderr", text=text)]
+    jupytext.write(notebook, story.with_suffix(".ipynb"))
+    with pytest.raises(AssertionError, match=r"code cell 2 of story\.ipynb shows .*: run `make notebook`"):
+        check_outputs_are_plain(story)
+
+
+def test_lost_tag_is_found(story: Path):
+    edit(story.with_suffix(".ipynb"), '"parameters"', '"other"')
+    with pytest.raises(AssertionError, match="make from-notebook"):
+        check_notebook(story)
+    edit(story, '"parameters"', '"other"')
+    with pytest.raises(AssertionError, match=r"story\.py needs one cell .*, then run `make sync`"):
+        check_parameters(story)
+
+
+def test_missing_notebook_is_found(story: Path):
+    story.with_suffix(".ipynb").unlink()
+    with pytest.raises(AssertionError, match=r"story\.ipynb is missing: run `make sync`"):
+        check_notebook(story)
+
+
+def test_orphan_is_found_and_mended(scripts: list[Path], package: Path):
+    edit(scripts[1], "#| export volumes", "#| export bodies")
+    with pytest.raises(AssertionError, match=r"\['volumes\.py'\]: run `make sync`, which deletes them"):
+        check_modules(scripts, package)
+    write_modules(scripts, package)
+    assert sorted(path.name for path in package.iterdir()) == ["bodies.py", "shapes.py"]
 
 
 @pytest.mark.parametrize(
