@@ -5,44 +5,35 @@
     python -m helpers.benchmark --processor FOLDER --build-only   # leaves a model and a dataset for the notebook
 
 FOLDER holds Qwen2-VL's own processor (any Qwen2-VL repository of the hub has it). Random weights take the same memory
-and time as trained ones; their answers are noise, so generation is made to write a fixed number of tokens. Pictures
-are 980 x 980, 1,225 image tokens each. README.md has figures of one H200; `--size tiny` runs anywhere, to see that it
+and time as trained ones; their answers are noise, so generation is made to write a fixed number of tokens. Images are
+980 x 980, 1,225 image tokens each. README.md has figures of one H200; `--size tiny` runs anywhere, to see that it
 works.
 """
 
 import argparse
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import torch
 from datasets import Dataset
 from peft import get_peft_model
 from PIL import Image
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLProcessor,
-)
+from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from transformers.trainer_utils import IntervalStrategy
 
-from helpers.collators import AssistantOnlyCollator
-from helpers.conversation import PROMPT
-from helpers.data import load_rows, read_row, to_training_dataset
-from helpers.evaluation import choose_batch_size, evaluate_model, generate_answers
-from helpers.loading import best_dtype, load_model, load_processor, load_trained_model, release_memory
-from helpers.recipes import (
-    RECIPES,
-    build_lora_config_for_recipe,
-    build_trainer,
-    create_training_config,
-    load_model_for_recipe,
-)
+from helpers.data import Splits, load_rows, read_row
+from helpers.detection import evaluate_detector
+from helpers.generation import Detector, generate, to_question
+from helpers.loading import best_dtype, load_model, release_memory
+from helpers.recipes import CATALOGUE, apply_freeze_policy, build_lora_config_for_recipe
+from helpers.runs import RunFolder
 from helpers.tiny.packages import draw_dataset
+from helpers.training import build_trainer, create_detector, load_trained_model
 
 SIZES = {
     "7b": {
@@ -60,7 +51,7 @@ SIZES = {
         "trainable": {},
     },
 }  # fmt: skip
-QUESTION = PROMPT.format(label="nutrition table")
+TOKENS = 28  # of every answer
 
 
 def build_model(folder: Path, size: str, processor_id: str) -> None:
@@ -94,27 +85,41 @@ def build_dataset(folder: Path, side: int) -> None:
 
 
 def enlarge(image: Image.Image, side: int) -> dict:
-    """A picture as a JPEG of `side` x `side` pixels, as datasets stores it."""
+    """An image as a JPEG of `side` x `side` pixels, as datasets stores it."""
     buffer = BytesIO()
     image.convert("RGB").resize((side, side)).save(buffer, "JPEG")
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def measure_recipe(name: str, model_id: str, data: str, arguments: argparse.Namespace) -> dict:
+def create_settings(arguments: argparse.Namespace) -> SimpleNamespace:
+    """The settings of the story for a few steps of training, and answers of TOKENS tokens."""
+    return SimpleNamespace(
+        model_id=str(arguments.output / "model"),
+        output_dir=str(arguments.output / "runs"),
+        max_pixels=1280 * 28 * 28,
+        num_epochs=1,
+        max_steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        gradient_checkpointing=not arguments.no_gradient_checkpointing,
+        flip_probability=0.0,
+        eval_batch_size=None,
+        max_new_tokens=TOKENS,
+        seed=0,
+        report_to="none",
+    )
+
+
+def measure_recipe(name: str, data: Path, arguments: argparse.Namespace) -> dict:
     """Train a recipe for a few steps: trainable parameters, peak memory (GiB), mean seconds a step."""
-    recipe, processor = RECIPES[name], load_processor(model_id, 1280 * 28 * 28)
-    dataset = to_training_dataset(load_rows(data, "train", None, 0), QUESTION, 0.0)
-    config = create_training_config(
-        name, arguments.output / "runs", recipe.learning_rate, num_epochs=1, max_steps=arguments.steps,
-        batch_size=arguments.batch_size, gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        gradient_checkpointing=not arguments.no_gradient_checkpointing, seed=0, report_to="none",
-    )  # fmt: skip
-    config.eval_strategy = config.save_strategy = IntervalStrategy.NO
-    config.load_best_model_at_end, config.logging_steps = False, 1
+    recipe, settings, rows = CATALOGUE[name], create_settings(arguments), load_rows(str(data), "train", None, 0)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    model = load_model_for_recipe(model_id, recipe)
-    trainer = build_trainer(model, processor, recipe, dataset, dataset, config, AssistantOnlyCollator(processor))
+    detector = create_detector(load_model(settings.model_id, recipe.quantized, best_dtype()), settings)
+    trainer = build_trainer(detector, recipe, settings, Splits(rows, rows, rows))
+    config = trainer.args
+    config.eval_strategy = config.save_strategy = IntervalStrategy.NO
+    config.eval_on_start, config.load_best_model_at_end, config.logging_steps = False, False, 1
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     assert trainable == SIZES[arguments.size]["trainable"].get(name, trainable), trainable
     loaded, clock = torch.cuda.memory_allocated() / 2**30, time.perf_counter()
@@ -130,44 +135,42 @@ def measure_recipe(name: str, model_id: str, data: str, arguments: argparse.Name
     }
 
 
-def load_models_to_ask(model_id: str, folder: Path) -> Iterator[tuple[str, PreTrainedModel]]:
+def create_detectors(settings: SimpleNamespace) -> Iterator[tuple[str, Detector]]:
     """The model in 16 bits, then in 4 bits with an adapter (r4-joint), as the notebook evaluates them."""
-    yield str(best_dtype()).removeprefix("torch."), load_model(model_id, quantized=False, dtype=best_dtype()).eval()
+    model = load_model(settings.model_id, quantized=False, dtype=best_dtype()).eval()
+    yield str(best_dtype()).removeprefix("torch."), create_detector(model, settings)
+    del model
     release_memory()
-    recipe = RECIPES["r4-joint"]
-    adapted = get_peft_model(load_model_for_recipe(model_id, recipe), build_lora_config_for_recipe(recipe))
-    adapted.save_pretrained(folder)
-    (folder / "recipe.json").write_text('{"quantized": true}')
+    recipe, run = CATALOGUE["r4-joint"], RunFolder(Path(settings.output_dir).with_name("adapter"))
+    adapted = load_model(settings.model_id, recipe.quantized, best_dtype())
+    apply_freeze_policy(adapted, recipe)
+    get_peft_model(adapted, build_lora_config_for_recipe(recipe)).save_pretrained(run.path)
+    run.write_recipe({"name": recipe.name, "quantized": recipe.quantized})
     del adapted
     release_memory()
-    yield "NF4, r4-joint", load_trained_model(folder)
+    yield "NF4, r4-joint", create_detector(load_trained_model(run.path), settings)
 
 
-def measure_generation(
-    model: PreTrainedModel, processor: Qwen2VLProcessor, rows: Dataset, batch_sizes: list[int], tokens: int
-) -> pd.DataFrame:
-    """Pictures a second, one by one and in batches, preprocessing included; every answer has `tokens` tokens."""
-    model.generation_config.min_new_tokens = tokens
+def measure_generation(detector: Detector, rows: Dataset, batch_sizes: list[int]) -> pd.DataFrame:
+    """Images a second, one by one and in batches, preprocessing included; every answer has TOKENS tokens."""
+    detector.model.generation_config.min_new_tokens = TOKENS
     rates = {}
     for _ in range(2):  # the first round warms up
         clock = time.perf_counter()
-        ask_one_by_one(model, processor, rows.select(range(16)), tokens)
+        ask_one_by_one(detector, rows.select(range(16)))
         rates["one by one"] = 16 / (time.perf_counter() - clock)
-    chosen = choose_batch_size(model, SIZES["7b"]["side"] ** 2)
-    for size in sorted({*batch_sizes, chosen}):
-        for pictures in (rows.select(range(size)), rows):
+    for size in [*sorted(set(batch_sizes)), None]:
+        for images in (rows.select(range(size or 64)), rows):  # the first round warms up
             clock = time.perf_counter()
-            evaluate_model(model, processor, pictures, QUESTION, size, tokens)
-            rates[f"batches of {size}" + " (chosen)" * (size == chosen)] = len(pictures) / (
-                time.perf_counter() - clock
-            )
-    table = pd.DataFrame({"pictures a second": rates})
-    return table.assign(speedup=table["pictures a second"] / rates["one by one"]).round(2)
+            evaluate_detector(replace(detector, batch_size=size), images, show_progress=False)
+            rates[f"batches of {size}" if size else "batches (chosen)"] = len(images) / (time.perf_counter() - clock)
+    table = pd.DataFrame({"images a second": rates})
+    return table.assign(speedup=table["images a second"] / rates["one by one"]).round(2)
 
 
-def ask_one_by_one(model, processor, rows, tokens: int) -> list[str]:
-    """The plain way: read a picture, generate its answer, read the next."""
-    return [generate_answers(model, processor, [read_row(row)[0]], QUESTION, tokens)[0] for row in rows]
+def ask_one_by_one(detector: Detector, rows: Dataset) -> list[str]:
+    """The plain way: read an image, generate its answer, read the next."""
+    return [generate(detector, [to_question(read_row(row)[0], detector)])[0].text for row in rows]
 
 
 def main() -> None:
@@ -194,13 +197,13 @@ def main() -> None:
     lines = []
     for name in [] if arguments.build_only else arguments.only:
         if name == "generation":
-            processor, rows = load_processor(str(model_id), 1280 * 28 * 28), load_rows(str(data), "val", None, 0)
-            for precision, model in load_models_to_ask(str(model_id), arguments.output / "adapter"):
-                table = measure_generation(model, processor, rows, arguments.batch_sizes, tokens=28)
+            rows = load_rows(str(data), "val", None, 0)
+            for precision, detector in create_detectors(create_settings(arguments)):
+                table = measure_generation(detector, rows, arguments.batch_sizes)
                 print(f"{precision}\n{table.to_string()}", flush=True)
-                del model
+                del detector
         else:
-            lines.append(measure_recipe(name, str(model_id), str(data), arguments))
+            lines.append(measure_recipe(name, data, arguments))
             print(pd.DataFrame(lines[-1:]).to_string(index=False), flush=True)
         release_memory()
     if lines:

@@ -1,4 +1,7 @@
-"""Printed from fine_tuning_vlm_for_object_detection_trl.py: edit the script, then run `make sync`."""
+"""Boxes in pixels and in the coordinates that a model family writes.
+
+Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `make sync`.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -14,7 +17,7 @@ PIXEL_FAMILIES = ("qwen2_5_vl",)
 def resized_size(
     width: int, height: int, factor: int = 28, min_pixels: int = 4 * 28 * 28, max_pixels: int = 16384 * 28 * 28
 ) -> tuple[int, int]:
-    """Width and height in pixels to which a Qwen-VL processor resizes a picture: multiples of `factor`.
+    """Width and height in pixels to which a Qwen-VL processor resizes an image: multiples of `factor`.
 
     The defaults are those that Qwen2-VL and Qwen2.5-VL were published with.
     """
@@ -23,9 +26,9 @@ def resized_size(
 
 
 def coordinate_range(width: int, height: int, family: str, resized: tuple[int, int] | None) -> tuple[int, int]:
-    """The largest x and y that models of a family write for a picture of `width` x `height` pixels.
+    """The largest x and y that models of a family write for an image of `width` x `height` pixels.
 
-    `resized` is (width, height) as the model saw the picture; None stands for the published pixel budget. Only
+    `resized` is (width, height) as the model saw the image; None stands for the published pixel budget. Only
     families that write pixels need it. Raises ValueError for a family whose convention is not known.
     """
     if family in GRID_FAMILIES:
@@ -41,28 +44,25 @@ def coordinate_range(width: int, height: int, family: str, resized: tuple[int, i
 def to_model_coordinates(
     box: Sequence[float], width: int, height: int, family: str, resized: tuple[int, int] | None = None
 ) -> list[int]:
-    """Pixel box `[x1, y1, x2, y2]` -> what models of `family` write: rounded, clamped to the picture.
+    """Pixel box `[x1, y1, x2, y2]` -> what models of `family` write: rounded, clamped to the image.
 
     `family` and `resized` as in `coordinate_range`, which raises ValueError.
     """
     limits = coordinate_range(width, height, family, resized) * 2
-    return [
-        min(limit, max(0, round(v / size * limit)))
-        for v, size, limit in zip(box, (width, height) * 2, limits, strict=True)
-    ]
+    scaled = [v / size * limit for v, size, limit in zip(box, (width, height) * 2, limits, strict=True)]
+    return [min(limit, max(0, round(v))) for v, limit in zip(scaled, limits, strict=True)]
 
 
 def from_model_coordinates(
     box: Sequence[float], width: int, height: int, family: str, resized: tuple[int, int] | None = None
 ) -> list[float]:
-    """Box `[x1, y1, x2, y2]` as written by a model of `family` -> pixels, clamped to the picture.
+    """Box `[x1, y1, x2, y2]` as written by a model of `family` -> pixels, clamped to the image.
 
     `family` and `resized` as in `coordinate_range`, which raises ValueError.
     """
     limits = coordinate_range(width, height, family, resized) * 2
-    return [
-        min(limit, max(0, v)) / limit * size for v, size, limit in zip(box, (width, height) * 2, limits, strict=True)
-    ]
+    clamped = [min(limit, max(0, v)) for v, limit in zip(box, limits, strict=True)]
+    return [v / limit * size for v, size, limit in zip(clamped, (width, height) * 2, limits, strict=True)]
 
 
 def to_grid(box: Sequence[float], width: int, height: int) -> list[int]:
@@ -71,7 +71,7 @@ def to_grid(box: Sequence[float], width: int, height: int) -> list[int]:
 
 
 def from_grid(box: Sequence[float], width: int, height: int) -> list[float]:
-    """Box `[x1, y1, x2, y2]` on Qwen2-VL's grid -> pixels of a picture of `width` x `height`, clamped to it."""
+    """Box `[x1, y1, x2, y2]` on Qwen2-VL's grid -> pixels of an image of `width` x `height`, clamped to it."""
     return from_model_coordinates(box, width, height, "qwen2_vl")
 
 
@@ -82,5 +82,5 @@ def has_area(box: Sequence[float]) -> bool:
 
 
 def flip_horizontally(image: Image.Image, boxes: Iterable[Sequence[float]]) -> tuple[Image.Image, list[list[float]]]:
-    """Mirror a picture left to right, and its pixel boxes `[x1, y1, x2, y2]` with it."""
+    """Mirror an image left to right, and its pixel boxes `[x1, y1, x2, y2]` with it."""
     return ImageOps.mirror(image), [[image.width - x2, y1, image.width - x1, y2] for x1, y1, x2, y2 in boxes]

@@ -1,9 +1,11 @@
-"""Printed from fine_tuning_vlm_for_object_detection_trl.py: edit the script, then run `make sync`."""
+"""Conversations to batches, and which of their tokens have labels.
+
+Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `make sync`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
 from transformers import Qwen2VLProcessor
 
@@ -34,8 +36,11 @@ class AssistantOnlyCollator:
         return add_labels(batch, find_assistant_tokens(batch["input_ids"], self.processor.tokenizer))
 
 
+COLLATORS = {"v1-all-tokens": AllTokensCollator, "v2-assistant-only": AssistantOnlyCollator}
+
+
 def to_batch(examples: Sequence[dict], processor: Qwen2VLProcessor) -> dict[str, torch.Tensor]:
-    """What the model is given: token ids, masks, patches of the pictures and their grids; padded on the right."""
+    """What the model is given: token ids, masks, patches of the images and their grids; padded on the right."""
     texts = [processor.apply_chat_template(example["messages"], tokenize=False) for example in examples]
     images = [[example["image"]] for example in examples]
     return dict(processor(text=texts, images=images, padding=True, pad_to_multiple_of=8, return_tensors="pt"))
@@ -47,7 +52,7 @@ def add_labels(batch: dict[str, torch.Tensor], trained: torch.Tensor) -> dict[st
 
 
 def find_text_tokens(input_ids: torch.Tensor, tokenizer) -> torch.Tensor:
-    """Mask (batch, tokens) of all that is neither padding nor part of a picture."""
+    """Mask (batch, tokens) of all that is neither padding nor part of an image."""
     excluded = tokenizer.convert_tokens_to_ids([tokenizer.pad_token, *VISION_TOKENS])
     return ~torch.isin(input_ids, torch.tensor(excluded))
 
@@ -63,24 +68,3 @@ def find_assistant_tokens(input_ids: torch.Tensor, tokenizer) -> torch.Tensor:
                 stop = tokens.index(end, start)
                 mask[row, start + len(header) : stop + 1] = True
     return mask
-
-
-COLLATORS = {"v1-all-tokens": AllTokensCollator, "v2-assistant-only": AssistantOnlyCollator}
-
-
-def analyze_token_distribution(batch: dict[str, torch.Tensor], tokenizer) -> pd.DataFrame:
-    """Tokens of a batch by kind: how many there are, and how many of them have a label."""
-    ids, trained = batch["input_ids"], batch["labels"] != -100
-    is_picture = torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(VISION_TOKENS)))
-    is_answer = find_assistant_tokens(ids, tokenizer)
-    is_end = is_answer & (ids == tokenizer.convert_tokens_to_ids("<|im_end|>"))
-    is_padding = ids == tokenizer.pad_token_id
-    kinds = {
-        "picture": is_picture,
-        "system message, question, roles": ~(is_picture | is_answer | is_padding),
-        "answer": is_answer & ~is_end,
-        "end of turn": is_end,
-        "padding": is_padding,
-    }
-    counts = {kind: [int(mask.sum()), int((mask & trained).sum())] for kind, mask in kinds.items()}
-    return pd.DataFrame.from_dict(counts, orient="index", columns=["tokens", "trained"])

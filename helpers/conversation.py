@@ -1,10 +1,14 @@
-"""Printed from fine_tuning_vlm_for_object_detection_trl.py: edit the script, then run `make sync`."""
+"""Prompts, the format of answers, and chat messages.
+
+Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `make sync`.
+"""
 
 from collections.abc import Iterable, Sequence
 
 SYSTEM_MESSAGE = "You are a vision language model that locates objects on food packages."
 PROMPT = "Detect every {label}. Answer with label and box of each as label(x1,y1),(x2,y2) on a grid from 0 to 1000."
 PLAIN_PROMPT = "Detect the bounding box of the {label}."
+QUESTION = PROMPT.format(label="nutrition table")
 
 
 def format_answer(labels: Iterable[str], grid_boxes: Iterable[Sequence[int]]) -> str:
@@ -17,7 +21,7 @@ def format_answer(labels: Iterable[str], grid_boxes: Iterable[Sequence[int]]) ->
 
 
 def to_conversation(prompt: str, answer: str | None = None) -> list[dict]:
-    """System, user (one picture, then the prompt) and, when given, the assistant's answer."""
+    """System, user (one image, then the prompt) and, when given, the assistant's answer."""
     messages = [
         {"role": "system", "content": [{"type": "text", "text": SYSTEM_MESSAGE}]},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]},

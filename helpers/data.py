@@ -1,17 +1,20 @@
-"""Printed from fine_tuning_vlm_for_object_detection_trl.py: edit the script, then run `make sync`."""
+"""Rows of a dataset: loading, checking, splitting, reading.
 
-from collections.abc import Iterator, Sequence
+Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `make sync`.
+"""
+
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets import Image as ImageFeature
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from helpers.boxes import flip_horizontally, to_grid
 from helpers.conversation import format_answer, to_conversation
@@ -39,75 +42,76 @@ def open_dataset(dataset_id: str) -> DatasetDict:
         return load_dataset(dataset_id)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"No dataset {dataset_id!r}: there is no such folder below {Path.cwd()}, and the hub did not give one of "
-            "that name. Set DATASET_ID to an existing folder or hub id, and check the network for the latter "
-            "(the tiny dataset is drawn by `python -m helpers.tiny.packages outputs/tiny_dataset`)."
+            f"No dataset {dataset_id!r}: neither a folder below {Path.cwd()} nor, as far as the network tells, on the "
+            "hub. Set DATASET_ID to one (`python -m helpers.tiny.packages outputs/tiny_dataset` draws a tiny one)."
         ) from error
 
 
 def check_columns(rows: Dataset, dataset_id: str) -> None:
     """Raise ValueError unless `rows` has the columns image_id, image and objects{bbox, category_name}."""
-    missing = [name for name in ("image_id", "image", "objects") if name not in rows.column_names]
-    if not missing:
-        objects = rows.features["objects"]
-        fields = objects if isinstance(objects, dict) else objects.feature
-        missing = [f"objects.{name}" for name in ("bbox", "category_name") if name not in fields]
-    if missing:
+    wanted = {"image_id", "image", "objects.bbox", "objects.category_name"}
+    if missing := wanted - set(rows.flatten().column_names):
         raise ValueError(
-            f"{dataset_id} has no column {', '.join(missing)} (it has {', '.join(rows.column_names)}). Rename its "
-            "columns as in openfoodfacts/nutrition-table-detection: image_id, image, objects{bbox, category_name}."
+            f"{dataset_id} has no column {', '.join(sorted(missing))} (it has {', '.join(rows.column_names)}). Rename "
+            "its columns as in openfoodfacts/nutrition-table-detection."
         )
-
-
-def find_bad_rows(rows: Dataset) -> dict[int, str]:
-    """Row number -> what is wrong with it, for pictures that cannot be decoded and boxes that cannot be."""
-    raw = rows.cast_column("image", ImageFeature(decode=False))
-    problems = {}
-    for number, row in enumerate(tqdm(raw, desc="checking rows", unit="row", mininterval=1)):
-        problem = describe_box_problem(row["objects"]["bbox"]) or describe_picture_problem(row["image"])
-        if problem:
-            problems[number] = f"{row['image_id']}: {problem}"
-    return problems
-
-
-def describe_box_problem(boxes: Sequence[Sequence[float]]) -> str | None:
-    """What is wrong with boxes `[y_min, x_min, y_max, x_max]` in 0..1, or None."""
-    if len(boxes) == 0:
-        return "no box"
-    for box in boxes:
-        y_min, x_min, y_max, x_max = box
-        if not (0 <= y_min < y_max <= 1 and 0 <= x_min < x_max <= 1):
-            return f"box {list(box)} is not 0 <= min < max <= 1"
-    return None
-
-
-def describe_picture_problem(encoded: dict) -> str | None:
-    """Why an undecoded picture (`{"bytes", "path"}`) cannot be read, or None."""
-    try:
-        image = open_encoded(encoded)
-        image.draft("RGB", (256, 256))  # a JPEG is read to its end, but unpacked at a fraction of its size: faster
-        image.load()
-    except UnidentifiedImageError:
-        return "picture cannot be decoded (not a picture, or of an unknown format)"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"picture cannot be decoded ({error})"
-    return None
-
-
-def open_encoded(encoded: dict) -> Image.Image:
-    """Open an undecoded picture; only its header is read until its pixels are asked for."""
-    return Image.open(encoded["path"] if encoded["bytes"] is None else BytesIO(encoded["bytes"]))
 
 
 def drop_bad_rows(rows: Dataset) -> Dataset:
     """The rows that can be used; the others are printed. Raises ValueError when none is left."""
-    problems = find_bad_rows(rows)
-    for problem in problems.values():
-        print(f"left out: {problem}")
-    print(f"{len(rows) - len(problems)} of {len(rows)} rows are usable")
-    if len(problems) == len(rows):
+    raw, kept = rows.cast_column("image", ImageFeature(decode=False)), []
+    for number, row in enumerate(tqdm(raw, desc="checking rows", unit="row", mininterval=1)):
+        if problem := describe_problem(row):
+            print(f"left out: {row['image_id']}: {problem}")
+        else:
+            kept.append(number)
+    print(f"{len(kept)} of {len(rows)} rows are usable")
+    if not kept:
         raise ValueError("No usable row is left: mend the rows listed above, or set DATASET_ID to another dataset.")
-    return rows.select([number for number in range(len(rows)) if number not in problems])
+    return rows.select(kept)
+
+
+def describe_problem(row: dict) -> str | None:
+    """Why a row with an undecoded image (`{"bytes", "path"}`) cannot be used, or None."""
+    if not row["objects"]["bbox"]:
+        return "no box"
+    for y_min, x_min, y_max, x_max in row["objects"]["bbox"]:
+        if not (0 <= y_min < y_max <= 1 and 0 <= x_min < x_max <= 1):
+            return f"box {[y_min, x_min, y_max, x_max]} is not 0 <= min < max <= 1"
+    try:
+        image = open_encoded(row["image"])
+        image.draft("RGB", (256, 256))  # a JPEG is read to its end, but unpacked at a fraction of its size: faster
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"image cannot be decoded ({type(error).__name__})"
+    return None
+
+
+def open_encoded(encoded: dict) -> Image.Image:
+    """Open an undecoded image; only its header is read until its pixels are asked for."""
+    return Image.open(encoded["path"] if encoded["bytes"] is None else BytesIO(encoded["bytes"]))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows to train on, to choose checkpoints with, and to evaluate the result on."""
+
+    train: Dataset
+    validation: Dataset
+    evaluation: Dataset
+
+
+def load_splits(settings: SimpleNamespace) -> Splits:
+    """Load, check and split the dataset of the settings, no barcode in two splits; bad rows are printed and left out.
+
+    Raises FileNotFoundError and ValueError that say what to do.
+    """
+    s = settings
+    usable = drop_bad_rows(load_rows(s.dataset_id, s.train_split, s.train_samples, s.seed))
+    evaluation = drop_bad_rows(load_rows(s.dataset_id, s.eval_split, s.eval_samples, s.seed))
+    train, validation = hold_back(drop_shared_barcodes(usable, evaluation), s.validation_samples, s.seed)
+    print(f"{len(train)} images to train on, {len(validation)} for validation, {len(evaluation)} to evaluate on")
+    return Splits(train, validation, evaluation)
 
 
 def read_barcodes(rows: Dataset) -> list[str | None]:
@@ -121,31 +125,29 @@ def drop_shared_barcodes(rows: Dataset, others: Dataset) -> Dataset:
     """`rows` without the packages that are in `others` too; says how many were left out."""
     seen = set(read_barcodes(others)) - {None}
     kept = [number for number, barcode in enumerate(read_barcodes(rows)) if barcode not in seen]
-    print(f"{len(rows) - len(kept)} training pictures show a package of the evaluation split: left out")
+    print(f"{len(rows) - len(kept)} training images show a package of the evaluation split: left out")
     return rows.select(kept)
 
 
 def hold_back(rows: Dataset, samples: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Split rows in two, about `samples` in the second one, all pictures of a barcode on the same side.
+    """Split rows in two, about `samples` in the second one, all images of a barcode on the same side.
 
     Raises ValueError when one of the two would be empty.
     """
-    if samples < 1:
-        raise ValueError(f"WATCH_SAMPLES={samples}: checkpoints are chosen on these pictures, hold back at least 1.")
-    groups = {}
-    for number, barcode in enumerate(read_barcodes(rows)):
-        groups.setdefault(barcode or number, []).append(number)
-    order = np.random.default_rng(seed).permutation(len(groups))
-    shuffled = [number for group in order for number in list(groups.values())[group]]
-    held = {barcode for barcode, members in groups.items() if set(members) & set(shuffled[:samples])}
-    back = sorted(number for barcode in held for number in groups[barcode])
-    if len(back) >= len(rows):
-        raise ValueError(f"WATCH_SAMPLES={samples} leaves nothing to train on: {len(rows)} rows in all.")
-    return rows.select(sorted(set(range(len(rows))) - set(back))), rows.select(back)
+    groups = [barcode or number for number, barcode in enumerate(read_barcodes(rows))]
+    order = np.random.default_rng(seed).permutation(len(rows))
+    held = {groups[number] for number in order[:samples]}
+    back = [number for number, group in enumerate(groups) if group in held]
+    if not 0 < len(back) < len(rows):
+        raise ValueError(
+            f"VALIDATION_SAMPLES={samples} of {len(rows)} rows: hold back at least 1 image, by which checkpoints are "
+            "chosen, and leave some to train on."
+        )
+    return rows.select([number for number, group in enumerate(groups) if group not in held]), rows.select(back)
 
 
 def read_row(row: dict) -> tuple[Image.Image, list[list[float]], list[str]]:
-    """A dataset row as upright RGB picture, its boxes `[x1, y1, x2, y2]` in pixels, and their labels."""
+    """A dataset row as upright RGB image, its boxes `[x1, y1, x2, y2]` in pixels, and their labels."""
     image = ImageOps.exif_transpose(row["image"]).convert("RGB")
     width, height = image.size
     boxes = [
@@ -155,67 +157,48 @@ def read_row(row: dict) -> tuple[Image.Image, list[list[float]], list[str]]:
     return image, boxes, list(row["objects"]["category_name"])
 
 
-def describe_pictures(rows: Dataset) -> pd.DataFrame:
-    """One line per picture: size when upright (pixels), EXIF orientation (1: stored upright), boxes, barcode."""
-    boxes = [len(objects["bbox"]) for objects in rows["objects"]]
-    others = {"boxes": boxes, "barcode": read_barcodes(rows), "image_id": list(rows["image_id"])}
-    return pd.DataFrame(read_headers(rows), columns=["width", "height", "orientation"]).assign(**others)
-
-
-def undecoded(rows: Dataset) -> Iterator[dict]:
-    """The pictures of all rows as they are stored, `{"bytes", "path"}`."""
-    return (row["image"] for row in rows.select_columns("image").cast_column("image", ImageFeature(decode=False)))
-
-
-def read_headers(rows: Dataset) -> list[tuple[int, int, int]]:
-    """Width and height in pixels when upright, and EXIF orientation, of every picture; no pixel is decoded."""
-    headers = []
-    for encoded in undecoded(rows):
-        image = open_encoded(encoded)
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        lies = orientation >= 5  # 5 to 8 lie on their side
-        headers.append((*(image.size[::-1] if lies else image.size), orientation))
-    return headers
-
-
-def describe_boxes(rows: Dataset, pictures: pd.DataFrame) -> pd.DataFrame:
-    """One line per box: picture number, category, corners, width, height and area in 0..1, aspect as displayed."""
-    lines = []
-    for number, objects in enumerate(rows["objects"]):
-        for category, (y1, x1, y2, x2) in zip(objects["category_name"], objects["bbox"], strict=True):
-            lines.append({"picture": number, "category": category, "x1": x1, "y1": y1, "x2": x2, "y2": y2})
-    boxes = pd.DataFrame(lines)
-    boxes["width"], boxes["height"] = boxes.x2 - boxes.x1, boxes.y2 - boxes.y1
-    boxes["area"] = boxes.width * boxes.height
-    shape = (pictures.width / pictures.height).loc[boxes.picture].to_numpy()
-    return boxes.assign(aspect=boxes.width / boxes.height * shape)
-
-
-def count_tokens(pictures: pd.DataFrame, min_pixels: int, max_pixels: int) -> np.ndarray:
-    """Image tokens of every line of `describe_pictures`: one for each 28 x 28 pixels of the resized picture."""
-    factor = 28  # patches of 14 x 14, merged two by two
-    sizes = [
-        smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
-        for width, height in zip(pictures.width, pictures.height, strict=True)
+def describe_boxes(rows: Dataset) -> pd.DataFrame:
+    """One line per box: image number, category, corners x1, y1, x2, y2, and area, all as fractions of the image."""
+    lines = [
+        {"image": number, "category": category, "x1": x1, "y1": y1, "x2": x2, "y2": y2}
+        for number, objects in enumerate(rows["objects"])
+        for category, (y1, x1, y2, x2) in zip(objects["category_name"], objects["bbox"], strict=True)
     ]
-    return np.array([height * width // factor**2 for height, width in sizes])
+    boxes = pd.DataFrame(lines)
+    return boxes.assign(area=(boxes.x2 - boxes.x1) * (boxes.y2 - boxes.y1))
+
+
+def median_box(boxes: pd.DataFrame) -> list[float]:
+    """`[x1, y1, x2, y2]` as fractions of the image: the median of each corner over `describe_boxes`."""
+    return boxes[["x1", "y1", "x2", "y2"]].median().tolist()
 
 
 def to_training_dataset(rows: Dataset, prompt: str, flip_probability: float) -> Dataset:
-    """The rows as lazily built `{"image", "messages"}` examples; pictures are mirrored with `flip_probability`."""
+    """The rows as lazily built `{"image", "messages"}` examples; images are mirrored with `flip_probability`."""
 
-    def transform(batch: dict[str, list]) -> dict[str, list]:
-        examples = [to_training_example(dict(zip(batch, row, strict=True)), prompt, flip_probability)
-                    for row in zip(*batch.values(), strict=True)]  # fmt: skip
+    def transform(columns: dict[str, list]) -> dict[str, list]:
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        examples = [to_training_example(row, prompt, flip_probability) for row in rows]
         return {key: [example[key] for example in examples] for key in ("image", "messages")}
 
     return rows.with_transform(transform)
 
 
 def to_training_example(row: dict, prompt: str, flip_probability: float) -> dict:
-    """One dataset row as picture and conversation, mirrored with `flip_probability`."""
+    """One dataset row as image and conversation, mirrored with `flip_probability`."""
     image, boxes, labels = read_row(row)
     if torch.rand(()) < flip_probability:  # torch's generator is seeded anew in every worker of a data loader
         image, boxes = flip_horizontally(image, boxes)
     answer = format_answer(labels, [to_grid(box, *image.size) for box in boxes])
     return {"image": image, "messages": to_conversation(prompt, answer)}
+
+
+def read_headers(rows: Dataset) -> list[tuple[int, int, int]]:
+    """Width and height in pixels when upright, and EXIF orientation, of every image; no pixel is decoded."""
+    headers = []
+    for row in rows.select_columns("image").cast_column("image", ImageFeature(decode=False)):
+        image = open_encoded(row["image"])
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        on_its_side = orientation >= 5
+        headers.append((*(image.size[::-1] if on_its_side else image.size), orientation))
+    return headers

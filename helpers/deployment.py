@@ -1,15 +1,17 @@
-"""Printed from fine_tuning_vlm_for_object_detection_trl.py: edit the script, then run `make sync`."""
+"""Merging an adapter into its base, and the card of the merged model.
+
+Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `make sync`.
+"""
 
 from pathlib import Path
+from types import SimpleNamespace
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
-from PIL import Image, ImageOps
 from transformers import PreTrainedModel, Qwen2VLProcessor
 
-from helpers.boxes import resized_size
-from helpers.conversation import SYSTEM_MESSAGE
-from helpers.evaluation import generate, pixel_budget, read_answer, to_questions
+from helpers.conversation import QUESTION, SYSTEM_MESSAGE
+from helpers.loading import load_processor
 from helpers.recipes import TrainingRecipe
 
 
@@ -21,71 +23,36 @@ def save_merged(model: PreTrainedModel | PeftModel, target: Path, processor: Qwe
     processor.save_pretrained(target)
 
 
-def detect(
-    image: Image.Image, model: PreTrainedModel, processor: Qwen2VLProcessor, prompt: str, max_new_tokens: int = 256
-) -> list[dict]:
-    """The objects in one picture: `{"label", "box", "score"}`, boxes in pixels of the upright picture."""
-    upright = ImageOps.exif_transpose(image).convert("RGB")
-    answer = generate(model, processor.tokenizer, to_questions([upright], processor, prompt), max_new_tokens)[0]
-    resized = resized_size(*upright.size, **pixel_budget(processor))
-    return read_answer(answer.text, *upright.size, model.config.model_type, resized, answer.score)["prediction"]
+MODEL_CARD = """# {base}, fine-tuned for object detection on {dataset}
 
-
-MODEL_CARD = """{metadata}
-# {base}, fine-tuned for object detection on {dataset}
-
-Trained with the recipe `{recipe}` ({description}). Ask it with the system message
+Trained with the recipe `{recipe.name}` ({recipe.description}). Ask it with the system message
 
 > {system}
 
-and, after the picture, with the prompt
+and, after the image, with the prompt
 
 > {prompt}
 
-It answers with boxes as `label(x1,y1),(x2,y2)` on a grid from 0 to 1000 in both directions. Pictures are turned
-upright (EXIF) and resized to at most {max_pixels:,} pixels, as the processor in this folder does by itself.
+It answers with boxes as `label(x1,y1),(x2,y2)` on a grid from 0 to 1000 in both directions. The processor in this
+folder resizes images to at most {max_pixels} pixels. It does not turn a PIL image upright: apply its EXIF orientation
+first (`PIL.ImageOps.exif_transpose`). Measured on the evaluation split, merged weights, greedy answers:
 
-| metric | value |
-| --- | --- |
 {metrics}
-
-Measured on {n} pictures of the evaluation split, merged weights, greedy answers.
 """
 
 
-def write_model_card(
-    folder: Path, base: str, dataset: str, recipe: TrainingRecipe, prompt: str, max_pixels: int, metrics: dict
-) -> None:
+def write_model_card(folder: Path, recipe: TrainingRecipe, settings: SimpleNamespace, metrics: dict) -> None:
     """Write `README.md` with metadata that the hub reads, prompt, pixel budget and metrics."""
-    data = ModelCardData(
-        base_model=base,
-        datasets=[dataset],
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        tags=["object-detection", "trl"],
-        model_name=folder.name,
-        eval_results=[
-            EvalResult(
-                task_type="object-detection",
-                dataset_type=dataset,
-                dataset_name=dataset,
-                metric_type="mean_iou",
-                metric_value=round(metrics["mean_iou"], 3),
-            )
-        ],
-    )
+    lines = [f"- {name}: {value:.3f}" for name, value in metrics.items() if value is not None]
     text = MODEL_CARD.format(
-        metadata=f"---\n{data.to_yaml()}\n---\n",
-        base=base,
-        dataset=dataset,
-        recipe=recipe.name,
-        description=recipe.description,
+        base=settings.model_id,
+        dataset=settings.dataset_id,
+        recipe=recipe,
         system=SYSTEM_MESSAGE,
-        prompt=prompt,
-        max_pixels=max_pixels,
-        metrics="\n".join(
-            f"| {name} | {value:.3f} |" for name, value in metrics.items() if name != "n" and value is not None
-        ),
-        n=metrics["n"],
+        prompt=QUESTION,
+        max_pixels=load_processor(str(folder), settings.max_pixels).image_processor.size["longest_edge"],
+        metrics="\n".join(lines),
     )
-    ModelCard(text).save(folder / "README.md")
+    data = {"base_model": settings.model_id, "datasets": [settings.dataset_id], "library_name": "transformers",
+            "pipeline_tag": "image-text-to-text", "tags": ["object-detection", "trl"]}  # fmt: skip
+    ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}").save(folder / "README.md")

@@ -1,4 +1,7 @@
-"""Printed from fine_tuning_vlm_for_object_detection_trl.py: edit the script, then run `make sync`."""
+"""Answers of Qwen-VL models, text or JSON, to labels and boxes.
+
+Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `make sync`.
+"""
 
 import re
 from dataclasses import dataclass, field
@@ -37,19 +40,20 @@ def parse_answer(answer: str) -> ParsedAnswer:
 
     Corners are put in order. A box without a label of its own takes the one before it.
     """
-    text, objects, unread, spans = END_PATTERN.sub(lambda end: " " * len(end[0]), answer), [], [], []
+    text, parsed = END_PATTERN.sub(lambda end: " " * len(end[0]), answer), ParsedAnswer([], [])
     label, end = "", 0
     for piece in PIECE_PATTERN.finditer(text):
         label = (read_json_label(piece[0]) if piece["json"] else read_label(text[end : piece.start()])) or label
         found = [] if piece["attempt"] else list(re.finditer(BOX, piece[0]))
-        boxes = [read_numbers(box[0]) for box in found]
-        objects += [(label, box) for box in boxes if has_area(box)]
-        spans += [(piece.start() + match.start(), piece.start() + match.end())
-                  for match, box in zip(found, boxes, strict=True) if has_area(box)]  # fmt: skip
-        if not all(map(has_area, boxes)) or (not boxes and promises_box(piece)):
-            unread.append(piece[0].strip())
+        boxes = [(read_numbers(match[0]), match) for match in found]
+        for box, match in boxes:
+            if has_area(box):
+                parsed.objects.append((label, box))
+                parsed.spans.append((piece.start() + match.start(), piece.start() + match.end()))
+        if not all(has_area(box) for box, _ in boxes) or (not boxes and promises_box(piece)):
+            parsed.unread.append(piece[0].strip())
         end = piece.end()
-    return ParsedAnswer(objects, unread, spans)
+    return parsed
 
 
 def read_label(words: str) -> str:

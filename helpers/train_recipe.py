@@ -20,7 +20,6 @@ import ast
 import fcntl
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -29,20 +28,14 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
 
+import papermill
 import yaml
 
 # GPUs have to be chosen before torch looks for them: whatever imports it is imported by the functions that train
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import Qwen2VLProcessor
-    from trl import SFTConfig
 
-    from helpers.recipes import TrainingRecipe
-
-SCRIPT = Path(__file__).resolve().parents[1] / "fine_tuning_vlm_for_object_detection_trl.py"
-PARAMETERS_CELL = re.compile(r'^# %% tags=\["parameters"\]\n(.*?)^# %%', re.DOTALL | re.MULTILINE)
+NOTEBOOK = Path(__file__).resolve().parents[1] / "fine_tuning_vlm_for_object_detection_trl.ipynb"
 NOTEBOOK_ONLY = ("RECIPES", "COLLATOR_STEPS", "PUSH_TO_HUB")  # settings that mean nothing here
 TYPES = {"NUM_EPOCHS": float, "OUTPUT_DIR": Path}  # of settings whose default does not tell
 
@@ -51,14 +44,10 @@ TYPES = {"NUM_EPOCHS": float, "OUTPUT_DIR": Path}  # of settings whose default d
 
 
 def read_notebook_settings() -> dict[str, tuple[object, str]]:
-    """Name -> default, comment: the settings in the script's parameters cell, which are not written down twice."""
-    cell = PARAMETERS_CELL.search(SCRIPT.read_text())[1]
-    settings = {}
-    for node in ast.parse(cell).body:
-        lines = cell.splitlines()[node.lineno - 1 : node.end_lineno]
-        comment = re.search(r"  # (.+)", "\n".join(lines))
-        settings[node.targets[0].id] = eval(ast.unparse(node.value)), comment[1] if comment else ""
-    return settings
+    """Name -> default, comment: the settings in the notebook's parameters cell, which are not written down twice."""
+    parameters = papermill.inspect_notebook(str(NOTEBOOK))
+    parameters.pop("DEFAULTS")  # not a setting: it remembers what the settings were before papermill changed them
+    return {name: (ast.literal_eval(found["default"]), found["help"]) for name, found in parameters.items()}
 
 
 def build_parser(settings: dict[str, tuple[object, str]]) -> argparse.ArgumentParser:
@@ -86,7 +75,8 @@ def build_parser(settings: dict[str, tuple[object, str]]) -> argparse.ArgumentPa
 
 def add_setting(parser: argparse.ArgumentParser, name: str, default: object, comment: str) -> None:
     """MAX_STEPS becomes --max-steps; a setting that is on or off becomes two options; None stands for a number."""
-    option, help_text = f"--{name.lower().replace('_', '-')}", f"{comment} (default: {default})".lstrip()
+    option = f"--{name.lower().replace('_', '-')}"
+    help_text = f"{comment} (default: {default})".lstrip().replace("%", "%%")  # argparse reads % as a format
     if isinstance(default, bool):
         parser.add_argument(option, default=default, action=argparse.BooleanOptionalAction, help=help_text)
     else:
@@ -131,9 +121,9 @@ def choose_gpus(gpus: Sequence[str]) -> None:
 
 def check_checkpoint(folder: Path, name: str) -> None:
     """Raise ValueError unless the recipe has stages and `folder` holds what the first of them leaves."""
-    from helpers.recipes import RECIPES
+    from helpers.recipes import CATALOGUE
 
-    staged = [recipe.name for recipe in RECIPES.values() if recipe.stages]
+    staged = [recipe.name for recipe in CATALOGUE.values() if recipe.stages]
     if name not in staged:
         raise ValueError(
             f"--checkpoint belongs to a recipe in stages ({', '.join(staged)}), {name} has none: to start it from "
@@ -142,7 +132,7 @@ def check_checkpoint(folder: Path, name: str) -> None:
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"--checkpoint {folder} holds no full checkpoint (there is no config.json): give the folder that "
-            f"--recipe {RECIPES[name].stages[0]} left, or leave the option out to train all stages"
+            f"--recipe {CATALOGUE[name].stages[0]} left, or leave the option out to train all stages"
         )
 
 
@@ -213,83 +203,31 @@ def launch(recipes: Sequence[str], gpus: Sequence[str | None], argv: Sequence[st
 # One recipe: in this process
 
 
-def read_splits(options: argparse.Namespace) -> tuple[Dataset, Dataset, Dataset]:
-    """The rows to train on, to watch with and to evaluate on, checked and parted as in the notebook."""
-    from helpers.data import drop_bad_rows, drop_shared_barcodes, hold_back, load_rows
+def to_settings(options: argparse.Namespace) -> SimpleNamespace:
+    """The notebook's `settings`: the options by their names; --learning-rate is that of all recipes and stages."""
+    from helpers.recipes import CATALOGUE
 
-    source, seed = options.dataset_id, options.seed
-    usable = drop_bad_rows(load_rows(source, options.train_split, options.train_samples, seed))
-    eval_rows = drop_bad_rows(load_rows(source, options.eval_split, options.eval_samples, seed))
-    train_rows, watch_rows = hold_back(drop_shared_barcodes(usable, eval_rows), options.watch_samples, seed)
-    print(f"{len(train_rows)} pictures to train on, {len(watch_rows)} to watch with, {len(eval_rows)} to evaluate on")
-    return train_rows, watch_rows, eval_rows
-
-
-def config_for(variant: str, folder: Path, recipe: TrainingRecipe, options: argparse.Namespace) -> SFTConfig:
-    """TRL's settings for one run below `folder`."""
-    from helpers.recipes import create_training_config
-
-    own = float(options.learning_rates.get(recipe.name, recipe.learning_rate))
-    return create_training_config(
-        variant,
-        folder,
-        own if options.learning_rate is None else options.learning_rate,
-        num_epochs=options.num_epochs,
-        max_steps=options.max_steps,
-        batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        gradient_checkpointing=options.gradient_checkpointing,
-        seed=options.seed,
-        report_to=options.report_to,
-    )
-
-
-def train(
-    recipe: TrainingRecipe,
-    processor: Qwen2VLProcessor,
-    train_rows: Dataset,
-    watch_rows: Dataset,
-    question: str,
-    options: argparse.Namespace,
-) -> Path:
-    """Train a recipe, in one stage or two; returns the folder with the result."""
-    from helpers.collators import AssistantOnlyCollator
-    from helpers.data import to_training_dataset
-    from helpers.recipes import IoUAtEvaluation, get_recipes, run_recipe, run_two_stage_recipe
-
-    datasets = [
-        to_training_dataset(train_rows, question, options.flip_probability),
-        to_training_dataset(watch_rows, question, flip_probability=0.0),
-    ]
-    shared = (options.model_id, processor, *datasets)
-    watch = [IoUAtEvaluation(processor, watch_rows, question, options.eval_batch_size)]
-    collator, folder = AssistantOnlyCollator(processor), options.output_dir
-    if not recipe.stages:
-        return run_recipe(recipe, *shared, config_for(recipe.name, folder, recipe, options), collator, watch)
-    first, second = get_recipes(recipe.stages)
-    configs = [
-        config_for("stage1", folder / recipe.name, first, options),
-        config_for(recipe.name, folder, second, options),
-    ]
-    return run_two_stage_recipe(recipe, *shared, configs, collator, watch, options.checkpoint)
+    settings = SimpleNamespace(**vars(options))
+    one_for_all = options.learning_rate is not None
+    rates = dict.fromkeys(CATALOGUE, options.learning_rate) if one_for_all else options.learning_rates
+    settings.learning_rates = {name: float(rate) for name, rate in rates.items()}  # YAML takes 1e-3 for a text
+    return settings
 
 
 def train_and_evaluate(options: argparse.Namespace) -> None:
     """Train the recipe, load what it left from disk, measure it and print that; of several processes, one does."""
-    from helpers.conversation import PROMPT
-    from helpers.evaluation import load_and_evaluate_demo
-    from helpers.loading import load_processor, release_memory
-    from helpers.recipes import RECIPES
+    from helpers.data import load_splits
+    from helpers.loading import release_memory
+    from helpers.recipes import CATALOGUE
+    from helpers.training import evaluate_run, run_recipe
 
-    train_rows, watch_rows, eval_rows = read_splits(options)
-    processor = load_processor(options.model_id, options.max_pixels)
-    question = PROMPT.format(label="nutrition table")
-    folder = train(RECIPES[options.recipe[0]], processor, train_rows, watch_rows, question, options)
+    settings = to_settings(options)
+    splits = load_splits(settings)
+    run = run_recipe(CATALOGUE[options.recipe[0]], settings, splits, options.checkpoint)
     release_memory()
     if leave_group() == 0:
-        size = (options.eval_batch_size, options.max_new_tokens)
-        load_and_evaluate_demo(folder, processor, eval_rows, question, *size)
-        print(f"{folder}: {json.dumps(compare(options.output_dir)[folder.name], indent=2)}")
+        evaluate_run(run, settings, splits.evaluation)
+        print(f"{run.path}: {json.dumps(compare(options.output_dir)[run.path.name], indent=2)}")
 
 
 def leave_group() -> int:
@@ -303,7 +241,7 @@ def leave_group() -> int:
 
 def compare(output_dir: Path) -> dict[str, dict]:
     """Write and return `comparison.json`, one process at a time: recipes that run side by side may end together."""
-    from helpers.evaluation import save_comparison
+    from helpers.runs import save_comparison
 
     handle = os.open(output_dir, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)

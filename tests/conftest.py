@@ -4,7 +4,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -26,7 +28,7 @@ def base() -> Path:
 
 @pytest.fixture(scope="session")
 def real_processor():
-    """Qwen2-VL's own processor, rebuilt without a hub: its tokens, its chat template, its picture sizes."""
+    """Qwen2-VL's own processor, rebuilt without a hub: its tokens, its chat template, its image sizes."""
     from qwen_tokenizer import build_processor  # its imports take seconds, which only these tests should wait for
 
     return build_processor()
@@ -34,7 +36,23 @@ def real_processor():
 
 @pytest.fixture(scope="session")
 def dataset_folder(tmp_path_factory) -> Path:
-    """A dataset of 24 training and 8 validation pictures."""
+    """A dataset of 24 training and 8 validation images."""
     folder = tmp_path_factory.mktemp("data") / "tiny_dataset"
     draw_dataset(folder, train=24, validation=8, seed=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_settings(base, dataset_folder) -> Callable[..., SimpleNamespace]:
+    """The settings of the story by their names, small ones: four steps of two images of the tiny dataset."""
+
+    def make(output_dir: Path, **changes) -> SimpleNamespace:
+        names = {"model_id": str(base), "dataset_id": str(dataset_folder), "output_dir": str(output_dir)}
+        data = {"train_split": "train", "eval_split": "val", "train_samples": None, "eval_samples": None}
+        data |= {"validation_samples": 2, "max_pixels": 66 * 28 * 28, "flip_probability": 0.0}
+        steps = {"num_epochs": 1, "max_steps": 4, "batch_size": 2, "gradient_accumulation_steps": 1}
+        steps |= {"gradient_checkpointing": False, "learning_rates": {}, "seed": 0, "report_to": "none"}
+        answers = {"eval_batch_size": 2, "max_new_tokens": 40}
+        return SimpleNamespace(**names | data | steps | answers | changes)
+
+    return make

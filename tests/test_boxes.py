@@ -21,7 +21,7 @@ from helpers.boxes import (
         ([0, 0, 640, 480], (640, 480), [0, 0, 1000, 1000]),
         ([64, 48, 320, 240], (640, 480), [100, 100, 500, 500]),
         ([1, 1, 2, 2], (3, 3), [333, 333, 667, 667]),  # rounded, not cut off: 666.67 is 667
-        ([-5, 0, 700, 480], (640, 480), [0, 0, 1000, 1000]),  # clamped to the picture
+        ([-5, 0, 700, 480], (640, 480), [0, 0, 1000, 1000]),  # clamped to the image
     ],
 )
 def test_pixels_to_grid(box, size, expected):
@@ -40,17 +40,17 @@ def test_round_trip_within_half_a_grid_unit(size):
     assert max(errors) <= 0.5
 
 
-def test_qwen2_5_vl_writes_pixels_of_the_resized_picture():
+def test_qwen2_5_vl_writes_pixels_of_the_resized_image():
     assert resized_size(300, 400) == (308, 392)  # the nearest multiples of 28
     assert to_model_coordinates([150, 100, 300, 400], 300, 400, "qwen2_5_vl") == [154, 98, 308, 392]
     assert to_model_coordinates([150, 100, 300, 400], 300, 400, "qwen2_5_vl", (28, 56)) == [14, 14, 28, 56]
     assert to_model_coordinates([150, 100, 300, 400], 300, 400, "qwen3_vl") == [500, 250, 1000, 1000]
 
 
-def test_what_is_outside_is_clamped_to_the_picture():
+def test_what_is_outside_is_clamped_to_the_image():
     assert from_model_coordinates([-5, 0, 1200, 500], 640, 480, "qwen2_vl") == [0, 0, 640, 240]
     assert from_model_coordinates([-5, 0, 1200, 840], 3000, 3000, "qwen2_5_vl", (1680, 1680)) == pytest.approx(
-        [0, 0, 1200 / 1680 * 3000, 1500]  # 1200 is in the picture here
+        [0, 0, 1200 / 1680 * 3000, 1500]  # 1200 is in the image here
     )
 
 
@@ -70,7 +70,7 @@ def test_unknown_family_is_refused(convert):
         convert([0, 0, 1, 1], 10, 10, "idefics3")
 
 
-def test_flip_moves_boxes_with_the_picture():
+def test_flip_moves_boxes_with_the_image():
     image = Image.new("RGB", (10, 4))
     image.putpixel((1, 0), (255, 0, 0))
     mirrored, boxes = flip_horizontally(image, [[1, 0, 4, 2]])

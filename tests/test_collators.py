@@ -1,16 +1,11 @@
-"""The collator trains on the assistant's words and their end-of-turn token, and on nothing else."""
+"""Each collator trains on its part of the words, and on nothing else: the answer alone, or all text."""
 
 import pytest
 import torch
 from PIL import Image
 from transformers import Qwen2VLProcessor
 
-from helpers.collators import (
-    AllTokensCollator,
-    AssistantOnlyCollator,
-    analyze_token_distribution,
-    find_assistant_tokens,
-)
+from helpers.collators import AllTokensCollator, AssistantOnlyCollator, find_assistant_tokens
 from helpers.conversation import format_answer, to_conversation
 
 
@@ -37,12 +32,12 @@ def test_trained_tokens_are_the_answer_and_its_end(processor):
     ]
 
 
-def test_padding_and_pictures_are_not_trained(processor):
+def test_padding_and_images_are_not_trained(processor):
     examples = [example((224, 224), [1, 2, 3, 4]), example((448, 252), [1, 2, 3, 4], [500, 500, 600, 600])]
     batch = AssistantOnlyCollator(processor)(examples)
     tokenizer = processor.tokenizer
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
-    assert batch["input_ids"].shape[1] % 8 == 0  # see the notebook, section 7
+    assert batch["input_ids"].shape[1] % 8 == 0  # CUDA's attention misread other lengths
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
     image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert not (batch["labels"] == image_token).any()
@@ -70,17 +65,5 @@ def test_collators_differ_in_labels_alone(processor):
     tokenizer = processor.tokenizer
     words = tokenizer.decode(all_tokens["labels"][1][all_tokens["labels"][1] != -100])
     assert words.startswith("<|im_start|>system\nYou are")
-    assert "<|im_start|>user\nDetect every nutrition table.<|im_end|>" in words  # no picture in between
+    assert "<|im_start|>user\nDetect every nutrition table.<|im_end|>" in words  # no image in between
     assert words.endswith("<|box_end|><|im_end|>\n")
-
-
-def test_token_distribution(processor):
-    examples = [example((224, 224), [1, 2, 3, 4]), example((224, 224), [1, 2, 3, 4], [5, 6, 7, 8])]
-    table = analyze_token_distribution(AssistantOnlyCollator(processor)(examples), processor.tokenizer)
-    assert table.loc["picture"].tolist() == [2 * (64 + 2), 0]
-    assert table.loc["end of turn"].tolist() == [2, 2]
-    assert table.loc["answer"].tolist() == [3 * 15, 3 * 15]
-    assert table.loc["padding", "tokens"] >= 15
-    assert table.loc["system message, question, roles", "trained"] == 0
-    table = analyze_token_distribution(AllTokensCollator(processor)(examples), processor.tokenizer)
-    assert (table.trained == table.tokens * [0, 1, 1, 1, 0]).all()

@@ -2,7 +2,7 @@
 
 from transformers import Qwen2VLProcessor
 
-from helpers.conversation import PROMPT, format_answer, to_conversation
+from helpers.conversation import QUESTION, format_answer, to_conversation
 
 ANSWER = "<|object_ref_start|>nutrition-table<|object_ref_end|><|box_start|>(273,487),(730,640)<|box_end|>"
 
@@ -18,7 +18,7 @@ def test_objects_are_listed_from_the_top_left():
 
 def test_chat_template(base):
     processor = Qwen2VLProcessor.from_pretrained(base)
-    messages = to_conversation(PROMPT.format(label="nutrition table"), ANSWER)
+    messages = to_conversation(QUESTION, ANSWER)
     assert processor.apply_chat_template(messages, tokenize=False) == (
         "<|im_start|>system\nYou are a vision language model that locates objects on food packages.<|im_end|>\n"
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Detect every nutrition table. Answer with label "

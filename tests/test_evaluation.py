@@ -1,179 +1,15 @@
-"""From answers to records and files, and the command that measures a file of answers."""
+"""The command that measures a file of answers: what it reads, what it prints, what it refuses."""
 
 import json
 
 import pytest
-import torch
-from datasets import load_dataset
-from PIL import Image
-from transformers import Qwen2VLProcessor
 
 from helpers import evaluation
-from helpers.conversation import PROMPT
-from helpers.evaluation import (
-    Answer,
-    evaluate_model,
-    generate,
-    generate_answers,
-    main,
-    measure_agreement,
-    prepare_ahead,
-    save_comparison,
-    save_results,
-    to_questions,
-    to_record,
-)
-from helpers.loading import load_model
-from helpers.tiny.packages import draw_package
-
-
-def record(boxes, unread=()):
-    truth, prediction = ([{"label": "t", "box": box} for box in side] for side in ([[0, 0, 10, 10]], boxes))
-    return {"id": "a", "truth": truth, "prediction": prediction, "unread": list(unread)}
-
-
-def test_record_by_hand():
-    example = (Image.new("RGB", (200, 100)), [[20, 10, 100, 50]], ["table"])
-    answer = "table(100,100),(500,300)b(1200,0),(1300,10)c(1,2"
-    assert to_record("a", example, answer, "qwen2_vl", (196, 112)) == {
-        "id": "a",
-        "width": 200,
-        "height": 100,
-        "resized": [196, 112],
-        "truth": [{"label": "table", "box": [20, 10, 100, 50]}],
-        "raw": answer,
-        "iou": pytest.approx(0.5),
-        "prediction": [{"label": "table", "box": [20, 10, 100, 30]}],
-        "unread": ["(1,2", "b[1200.0, 0.0, 1300.0, 10.0]"],  # the second is outside of the picture
-    }
-
-
-def test_answer_in_pixels_of_the_resized_picture():
-    example = (Image.new("RGB", (200, 100)), [[100, 50, 200, 100]], ["table"])
-    answer = '[{"bbox_2d": [98, 56, 196, 112], "label": "table"}]'
-    assert to_record("a", example, answer, "qwen2_5_vl", (196, 112))["iou"] == 1
-
-
-def test_record_of_a_picture_without_truth():
-    assert to_record("a", (Image.new("RGB", (9, 9)), [], []), "", "qwen2_vl", (28, 28))["iou"] is None
-
-
-def test_records_of_a_model(base, dataset_folder):
-    rows = load_dataset(str(dataset_folder))["val"].select(range(3))
-    model = load_model(str(base), quantized=False, dtype=torch.float32)
-    processor = Qwen2VLProcessor.from_pretrained(base)
-    records = evaluate_model(model, processor, rows, PROMPT.format(label="barcode"), 2, 40)
-    assert [r["id"] for r in records] == rows["image_id"]
-    assert [r["group"] for r in records] == [meta["barcode"] for meta in rows["meta"]]
-    patches = processor.image_processor([r.convert("RGB") for r in rows["image"]])["image_grid_thw"]
-    assert [r["resized"] for r in records] == [[14 * w, 14 * h] for _, h, w in patches.tolist()]
-    assert all(r["prediction"] for r in records)
-
-
-def test_results_and_comparison_on_disk(tmp_path):
-    for name, width in [("r1-llm-only", 8), ("base", 1)]:
-        save_results(tmp_path / name, [record([[0, 0, width, 10]])])
-    comparison = save_comparison(tmp_path)
-    assert list(comparison) == ["base", "r1-llm-only"]
-    assert json.loads((tmp_path / "comparison.json").read_text())["r1-llm-only"]["mean_iou"] == 0.8
-    assert json.loads((tmp_path / "base/predictions.jsonl").read_text())["prediction"][0]["box"] == [0, 0, 1, 10]
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
-        *("comparison.json", "metrics.json", "metrics.json", "predictions.jsonl", "predictions.jsonl"),
-    ]
-
-
-def test_batched_answers_equal_those_given_one_by_one(base):
-    model = load_model(str(base), quantized=False, dtype=torch.float32).eval()
-    processor = Qwen2VLProcessor.from_pretrained(base)
-    images = [draw_package(seed)[0] for seed in range(6)]
-    assert len({image.size for image in images}) > 1  # so that rows are padded
-    prompt = PROMPT.format(label="barcode")
-    together = generate_answers(model, processor, images, prompt, 40)
-    assert together == [generate_answers(model, processor, [image], prompt, 40)[0] for image in images]
-    assert all(answer.endswith("<|im_end|>") for answer in together)
-
-
-def test_picture_of_a_unit_size_is_answered(base):
-    model = load_model(str(base), quantized=False, dtype=torch.float32).eval()
-    processor = Qwen2VLProcessor.from_pretrained(base)
-    assert len(generate_answers(model, processor, [Image.new("RGB", (1, 1))], "?", 4)) == 1
-
-
-def test_scores_are_the_models_own_probabilities(base):
-    model = load_model(str(base), quantized=False, dtype=torch.float32).eval()
-    processor = Qwen2VLProcessor.from_pretrained(base)
-    images = [draw_package(seed)[0] for seed in range(3)]
-    prompt = PROMPT.format(label="barcode")
-    batch = generate(model, processor.tokenizer, to_questions(images, processor, prompt), 40)
-    alone = generate(model, processor.tokenizer, to_questions(images[1:2], processor, prompt), 40)[0]
-    assert batch[1].text == alone.text
-    assert batch[1].probabilities == pytest.approx(alone.probabilities, abs=1e-4)
-    # the same probabilities from one forward pass over question and answer
-    tokens = processor.tokenizer.encode(alone.text)
-    questions = to_questions(images[1:2], processor, prompt)
-    questions["input_ids"] = torch.cat([questions["input_ids"], torch.tensor([tokens])], dim=1)
-    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
-        questions[name] = torch.cat([questions[name], torch.full((1, len(tokens)), value)], dim=1)
-    with torch.no_grad():
-        logits = model(**questions).logits[0, -len(tokens) - 1 : -1]
-    wanted = logits.softmax(-1)[torch.arange(len(tokens)), tokens]
-    assert alone.probabilities == pytest.approx(wanted.tolist(), abs=1e-4)
-    assert alone.ends[-1] == len(alone.text)
-
-
-def test_score_of_a_box_is_the_geometric_mean_of_its_tokens():
-    answer = Answer("a(1,2),(3,4)<|im_end|>", ends=[1, 6, 12, 22], probabilities=[0.1, 0.5, 0.08, 0.9])
-    assert answer.score(1, 12) == pytest.approx(0.2)  # the square root of 0.5 * 0.08
-    record = to_record("a", (Image.new("RGB", (9, 9)), [], []), answer.text, "qwen2_vl", (28, 28), answer.score)
-    assert record["prediction"][0]["score"] == pytest.approx(0.2)
-
-
-def test_order_and_batches_do_not_change_the_records(base, dataset_folder):
-    rows = load_dataset(str(dataset_folder))["val"]
-    model = load_model(str(base), quantized=False, dtype=torch.float32)
-    processor = Qwen2VLProcessor.from_pretrained(base)
-    prompt = PROMPT.format(label="barcode")
-    together, alone = (evaluate_model(model, processor, rows, prompt, size, 40) for size in (None, 1))
-    assert [r["id"] for r in together] == rows["image_id"]
-    assert [(r["id"], r["raw"]) for r in together] == [(r["id"], r["raw"]) for r in alone]
-
-
-def test_the_next_pictures_are_prepared_while_these_are_used():
-    done = []
-    items = prepare_ahead(lambda number: done.append(number) or number, range(4), ahead=2)
-    assert next(items) == 0
-    while len(done) < 3:  # the thread goes on by itself
-        pass
-    assert done == [0, 1, 2]
-    assert list(items) == [1, 2, 3]
-    assert done == [0, 1, 2, 3]
-    with pytest.raises(ZeroDivisionError):
-        list(prepare_ahead(lambda number: 1 / number, [1, 0], ahead=1))
-
-
-def test_questions_are_padded_on_the_left_and_only_where_lengths_differ(base):
-    processor = Qwen2VLProcessor.from_pretrained(base)
-    small, large = Image.new("RGB", (56, 56)), Image.new("RGB", (112, 84))
-    mixed = to_questions([small, large], processor, "?")
-    alone = to_questions([small], processor, "?")
-    assert mixed["input_ids"].shape[1] % 8 == 0
-    padding = mixed["input_ids"].shape[1] - alone["input_ids"].shape[1]
-    assert padding >= 8
-    assert mixed["attention_mask"][0].tolist() == [0] * padding + [1] * alone["input_ids"].shape[1]
-    assert mixed["input_ids"][0, padding:].tolist() == alone["input_ids"][0].tolist()
-    assert (mixed["input_ids"][0, :padding] == processor.tokenizer.pad_token_id).all()
-    assert mixed["pixel_values"].shape[0] == (4 + 12) * 4
-    equal = to_questions([small, small], processor, "?")
-    assert equal["attention_mask"].all()
-
-
-def test_agreement_of_two_models():
-    same, other, nothing = record([[0, 0, 10, 10]]), record([[0, 0, 10, 5]]), record([])
-    assert measure_agreement([same, nothing], [same, nothing]) == 1
-    assert measure_agreement([other, same], [same, nothing]) == 0.25
-
-
-# The command
+from helpers.detection import add_answer
+from helpers.evaluation import keep_scores, main, read_predictions
+from helpers.generation import Answer
+from helpers.metrics import bootstrap_intervals, summarize
+from helpers.runs import RunFolder
 
 LINES = [
     {  # IoU 1/3, see tests/test_metrics.py; 1000 x 1000 pixels, so that grid and pixels are the same
@@ -187,16 +23,16 @@ LINES = [
 
 
 def write_lines(path, lines):
-    things = [[{"label": "nutrition-table", "box": box} for box in line["truth"]] for line in lines]
+    truths = [[{"label": "nutrition-table", "box": box} for box in line["truth"]] for line in lines]
     full = [
         {"id": str(n), "width": 1000, "height": 1000, "raw": line["raw"], "truth": truth}
-        for n, (line, truth) in enumerate(zip(lines, things, strict=True))
+        for n, (line, truth) in enumerate(zip(lines, truths, strict=True))
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in full))
     return str(path)
 
 
-def test_command_gives_the_figures_computed_by_hand(tmp_path, capsys):
+def test_command_gives_the_metrics_computed_by_hand(tmp_path, capsys):
     main(["--predictions", write_lines(tmp_path / "p.jsonl", LINES), "--json"])
     report = json.loads(capsys.readouterr().out)
     wanted = {
@@ -221,6 +57,28 @@ def test_command_prints_a_table(tmp_path, capsys):
     assert "4 pictures; hits from IoU 0.9 on; labels: merge" in printed
 
 
+def test_command_prints_every_line_of_the_report(tmp_path, capsys):
+    main(["--predictions", write_lines(tmp_path / "p.jsonl", LINES)])
+    assert capsys.readouterr().out.splitlines()[-4:] == [
+        "mAP75              0.337",  # in the order of the lines: wrong, right, right: 51 * 2 / 3 / 101
+        "calibration_error    n/a",
+        "4 pictures; hits from IoU 0.5 on; labels: merge",
+        "boxes: 2 correct, 1 shifted, 0 duplicate, 2 background, 1 missed, 1 malformed",
+    ]
+
+
+def test_help_defines_every_metric(tmp_path, capsys):
+    main(["--predictions", write_lines(tmp_path / "p.jsonl", LINES), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out.replace("_0.7", "iou_gt_0.7")
+    undefined = [name for name in [*report["intervals"], "mAP50", *report["errors"]] if name not in text]
+    assert undefined == []
+    assert max(map(len, text.splitlines())) <= 120
+
+
 def test_command_prints_labels_where_they_count(tmp_path, capsys):
     lines = [{"id": 1, "width": 9, "height": 9, "raw": "", "truth": [{"label": x, "box": [0, 0, 1, 1]} for x in "ab"]}]
     (tmp_path / "p.jsonl").write_text(json.dumps(lines[0]))
@@ -228,14 +86,80 @@ def test_command_prints_labels_where_they_count(tmp_path, capsys):
     assert list(json.loads(capsys.readouterr().out)["labels"]) == ["a", "b"]
 
 
-def test_command_reads_what_was_saved(tmp_path, capsys):
-    example = (Image.new("RGB", (200, 100)), [[20, 10, 100, 50]], ["table"])
-    records = [to_record("a", example, "table(100,100),(500,300)", "qwen2_vl", (196, 112))]
-    metrics = save_results(tmp_path, records)
+# Scores on file
+
+ANSWER = "table(100,100),(500,300)table(0,0),(1000,1000)"
+
+
+def scored_record(id="a", scores=(0.9, 0.2)):
+    """A record of a run: the first box is half of the table, the second one the whole image."""
+    truth = [{"label": "table", "box": [20, 10, 100, 50]}]
+    record = add_answer({"id": id, "width": 200, "height": 100, "truth": truth}, Answer(ANSWER), "qwen2_vl")
+    scored = [box | {"score": score} for box, score in zip(record["prediction"], scores, strict=True)]
+    return record | {"prediction": scored}
+
+
+def test_a_run_measured_again_gives_the_same_metrics(tmp_path, capsys):
+    records = [scored_record("a"), scored_record("b", scores=(0.1, 0.8))]
+    RunFolder(tmp_path).write_records(records)
     main(["--predictions", str(tmp_path / "predictions.jsonl"), "--json"])
     report = json.loads(capsys.readouterr().out)
-    assert report == json.loads(json.dumps(metrics))  # JSON has no tuples
+    metrics = summarize(records)
+    assert {name: report[name] for name in metrics} == metrics
+    for name, interval in bootstrap_intervals(records).items():
+        assert report["intervals"][name] == pytest.approx(interval)
+    # by score: right (0.9), wrong (0.8), wrong (0.2), right (0.1): precision 1 up to recall 1/2, then 2/4
+    assert report["mAP50"] == pytest.approx((51 * 1 + 50 * 2 / 4) / 101)
+    assert report["calibration_error"] == pytest.approx((0.1 + 0.8 + 0.2 + 0.9) / 4)
 
+
+def read_one(tmp_path, line):
+    (tmp_path / "p.jsonl").write_text(json.dumps(line))
+    (record,) = read_predictions(tmp_path / "p.jsonl", "qwen2_vl")
+    return record
+
+
+def test_scores_on_file_are_kept_where_the_boxes_are_the_same(tmp_path):
+    record = scored_record()
+    assert read_one(tmp_path, record) == record
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda boxes: boxes[:1],
+        lambda boxes: boxes[::-1],
+        lambda boxes: [boxes[0], boxes[1] | {"box": [0, 0, 200, 99]}],
+        lambda boxes: [boxes[0], {"score": 0.5}],
+        lambda boxes: "none",
+        lambda boxes: None,
+    ],
+    ids=["fewer", "another order", "another box", "no box", "a text", "nothing"],
+)
+def test_scores_of_other_boxes_are_not_kept(tmp_path, change):
+    record = scored_record()
+    found = read_one(tmp_path, record | {"prediction": change(record["prediction"])})
+    assert [set(box) for box in found["prediction"]] == [{"label", "box"}] * 2
+
+
+@pytest.mark.parametrize("score", [-0.1, 1.1, float("nan"), "0.5", None])
+def test_what_is_no_probability_is_not_kept(score):
+    record = scored_record()
+    unscored = [{"label": box["label"], "box": box["box"]} for box in record["prediction"]]
+    stored = [record["prediction"][0], record["prediction"][1] | {"score": score}]
+    found = keep_scores(record | {"prediction": unscored}, stored)
+    assert [box.get("score") for box in found["prediction"]] == [0.9, None]
+
+
+def test_pixels_of_the_resized_image(tmp_path):
+    answer = '[{"bbox_2d": [98, 56, 196, 112], "label": "table"}]'
+    line = {"id": 1, "width": 200, "height": 100, "resized": [196, 112], "raw": answer, "truth": []}
+    (tmp_path / "p.jsonl").write_text(json.dumps(line))
+    (record,) = read_predictions(tmp_path / "p.jsonl", "qwen2_5_vl")
+    assert record["prediction"] == [{"label": "table", "box": [100, 50, 200, 100]}]
+
+
+# What is refused
 
 GOOD = {"id": 1, "width": 10, "height": 10, "raw": "", "truth": []}
 

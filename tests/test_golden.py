@@ -1,4 +1,4 @@
-"""What the real Qwen2-VL reads and is taught, literally: words, token ids, labels and picture sizes.
+"""What the real Qwen2-VL reads and is taught, literally: words, token ids, labels and image sizes.
 
 The token ids in golden_tokens.json were published by others. Those in this file are the real tokenizer's, too: a test
 that fails here says that a model's checkpoint and this code no longer mean the same.
@@ -12,7 +12,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from helpers.collators import AssistantOnlyCollator
-from helpers.conversation import PROMPT
+from helpers.conversation import QUESTION
 from helpers.data import to_training_example
 
 GOLDEN_TOKENS = json.loads(Path(__file__).with_name("golden_tokens.json").read_text(encoding="utf-8"))
@@ -38,10 +38,10 @@ SMALL_BUDGET = {"min_pixels": 200_704, "max_pixels": 1_003_520}  # 256 to 1,280 
 
 @pytest.fixture
 def example() -> dict:
-    """One small picture with one box, from a dataset row (which writes y first, and fractions)."""
+    """One small image with one box, from a dataset row (which writes y first, and fractions)."""
     objects = {"bbox": [[0.487, 0.273, 0.640, 0.730]], "category_name": ["nutrition-table"]}
     row = {"image_id": "1", "image": Image.new("RGB", (56, 56)), "objects": objects}
-    return to_training_example(row, PROMPT.format(label="nutrition table"), flip_probability=0)
+    return to_training_example(row, QUESTION, flip_probability=0)
 
 
 def test_conversation(example, real_processor):
@@ -113,7 +113,7 @@ def test_smart_resize(height_width, budget, resized):
     assert smart_resize(*height_width, **budget) == resized
 
 
-def test_too_long_pictures_are_refused(real_processor):
+def test_too_long_images_are_refused(real_processor):
     with pytest.raises(ValueError, match="aspect ratio must be smaller than 200"):
         real_processor.image_processor(images=[Image.new("RGB", (2010, 10))], return_tensors="pt")
 
@@ -128,9 +128,9 @@ def test_too_long_pictures_are_refused(real_processor):
         ((2000, 10), [1, 2, 58], 29),
     ],
 )
-def test_picture_becomes_a_grid_of_patches(width_height, grid, tokens, real_processor):
-    picture = Image.new("RGB", width_height)
-    batch = real_processor(text=["<|image_pad|>"], images=[[picture]], return_tensors="pt")
+def test_image_becomes_a_grid_of_patches(width_height, grid, tokens, real_processor):
+    image = Image.new("RGB", width_height)
+    batch = real_processor(text=["<|image_pad|>"], images=[[image]], return_tensors="pt")
     assert batch["image_grid_thw"].tolist() == [grid]  # in patches of 14 pixels; 2 x 2 of them are a token
     assert batch["input_ids"].tolist() == [[151655] * tokens]
 

@@ -11,15 +11,15 @@ import jupytext
 import pytest
 import yaml
 
+from helpers.export import SCRIPT
 from helpers.train_recipe import (
     NOTEBOOK_ONLY,
-    SCRIPT,
     build_parser,
     choose_gpus,
-    config_for,
     main,
     parse,
     read_notebook_settings,
+    to_settings,
 )
 
 DEMO = Path(__file__).parents[1] / "helpers/tiny/demo.yaml"
@@ -46,7 +46,7 @@ def small(base, dataset_folder, tmp_path):
         "--model-id": base,
         "--dataset-id": dataset_folder,
         "--output-dir": tmp_path / "out",
-        "--watch-samples": 4,
+        "--validation-samples": 4,
         "--max-steps": 2,
         "--gradient-accumulation-steps": 1,
         "--report-to": "none",
@@ -70,7 +70,7 @@ def check_results(folder, *names, weights="adapter_model.safetensors"):
 def test_settings_and_defaults_are_those_of_the_notebook():
     cell = next(cell for cell in jupytext.read(SCRIPT).cells if "parameters" in cell.metadata.get("tags", []))
     wanted = {}
-    exec(cell.source, {}, wanted)
+    exec(cell.source.partition("\nDEFAULTS = ")[0], {}, wanted)
     wanted = {name.lower(): value for name, value in wanted.items() if name not in NOTEBOOK_ONLY}
     options = vars(options_of("--recipe", "r1-llm-only"))
     assert set(options) - set(wanted) == {"recipe", "gpu", "checkpoint", "parameters", "learning_rate"}
@@ -79,7 +79,17 @@ def test_settings_and_defaults_are_those_of_the_notebook():
 
 
 def test_help_repeats_the_comments_of_the_notebook():
-    assert "pictures of the training split that are held back" in build_parser(read_notebook_settings()).format_help()
+    printed = " ".join(build_parser(read_notebook_settings()).format_help().split())
+    assert "images of the training split that are held back to choose checkpoints with (default: 64)" in printed
+
+
+def test_a_new_setting_of_the_notebook_is_an_option_at_once():
+    added = {"LORA_DROPOUT": (0.25, "10 % is usual"), "PATIENCE": (None, "")}
+    settings = read_notebook_settings() | added
+    parser = build_parser(settings)
+    assert "10 % is usual (default: 0.25)" in parser.format_help()
+    options = parse(parser, settings, ["--recipe", "r4-joint", "--lora-dropout", "0.5", "--patience", "3"])
+    assert (to_settings(options).lora_dropout, to_settings(options).patience) == (0.5, 3)
 
 
 def test_options_are_read_as_what_they_are():
@@ -89,9 +99,9 @@ def test_options_are_read_as_what_they_are():
 
 
 def test_recipes_are_those_of_the_library():
-    from helpers.recipes import RECIPES
+    from helpers.recipes import CATALOGUE
 
-    assert options_of("--recipe", "all").recipe == list(RECIPES)
+    assert options_of("--recipe", "all").recipe == list(CATALOGUE)
     assert options_of("--recipe", "r4-joint", "r1-llm-only", "r4-joint").recipe == ["r4-joint", "r1-llm-only"]
 
 
@@ -105,19 +115,22 @@ def test_options_override_the_parameters_file():
     assert options.max_steps == 3
 
 
-def test_learning_rates(tmp_path):
-    from helpers.recipes import RECIPES
+def test_settings_have_the_names_that_the_story_uses():
+    settings = to_settings(options_of("--recipe", "r4-joint", "--model-id", "me/model", "--validation-samples", "7"))
+    assert (settings.model_id, settings.validation_samples, settings.max_pixels) == ("me/model", 7, 1003520)
+    assert settings.learning_rates == {}
 
+
+def test_learning_rates(tmp_path):
     (tmp_path / "file.yaml").write_text("LEARNING_RATES: {r1-llm-only: 2e-3}")  # which YAML takes for a text
     argv = ["--recipe", "all", "--parameters", str(tmp_path / "file.yaml")]
-    rates = [
-        [
-            config_for(name, tmp_path, RECIPES[name], options).learning_rate
-            for name in ("r1-llm-only", "r2-vision-only")
-        ]
-        for options in (options_of(*argv), options_of(*argv, "--learning-rate", "0.5"))
-    ]
-    assert rates == [[2e-3, RECIPES["r2-vision-only"].learning_rate], [0.5, 0.5]]
+    assert to_settings(options_of(*argv)).learning_rates == {"r1-llm-only": 2e-3}
+    assert to_settings(options_of(*argv, "--learning-rate", "0.5")).learning_rates == {
+        "r1-llm-only": 0.5,
+        "r2-vision-only": 0.5,
+        "r3-two-stage": 0.5,
+        "r4-joint": 0.5,
+    }
 
 
 # What cannot be
@@ -188,9 +201,10 @@ def test_one_recipe_sees_all_gpus_that_are_named(monkeypatch):
 def test_one_recipe_leaves_its_results(small, tmp_path, capsys):
     assert main(["--recipe", "r1-llm-only", *small]) == 0
     check_results(tmp_path / "out", "r1-llm-only")
-    assert json.loads((tmp_path / "out/r1-llm-only/recipe.json").read_text())["steps"] == 2
+    made = json.loads((tmp_path / "out/r1-llm-only/recipe.json").read_text())
+    assert (made["steps"], made["settings"]["validation_samples"]) == (2, 4)
     printed = capsys.readouterr().out
-    assert "20 pictures to train on, 4 to watch with, 8 to evaluate on" in printed
+    assert "20 images to train on, 4 for validation, 8 to evaluate on" in printed
     assert '"mean_iou": ' in printed
 
 
@@ -202,7 +216,7 @@ def test_a_checkpoint_takes_the_place_of_the_first_stage(small, base, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_shares_the_pictures_among_processes(small, tmp_path):
+def test_torchrun_shares_the_images_among_processes(small, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = [*command("--recipe", "r4-joint", *small)[1:]]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -211,7 +225,7 @@ def test_torchrun_shares_the_pictures_among_processes(small, tmp_path):
     check_results(tmp_path / "out", "r4-joint")
     assert done.stdout.count('"mean_iou": ') == 1  # one process evaluates
     epochs = json.loads((tmp_path / "out/r4-joint/trainer_state.json").read_text())["epoch"]
-    assert epochs == 2 * (2 * 2) / 20  # steps * (pictures a process * processes) / pictures
+    assert epochs == 2 * (2 * 2) / 20  # steps * (images a process * processes) / images
 
 
 # Several recipes

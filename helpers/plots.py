@@ -1,0 +1,242 @@
+"""Images with boxes, diagrams, curves and comparisons.
+
+Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `make sync`.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from IPython.display import Image as DisplayImage
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from helpers.generation import Answer
+from helpers.metrics import bootstrap_intervals, compare_records
+from helpers.recipes import TrainingRecipe
+from helpers.runs import RunFolder
+
+BLUE = "#4575b4"
+ORANGE = "#f28e2b"
+LIGHT = "#e8eef6"
+
+
+def plot_road(rows: Sequence[Sequence[str]]) -> plt.Figure:
+    """Steps of a road from left to right, one row below the other; a step's first line is its name."""
+    figure, axes = plt.subplots(figsize=(13, 1.2 * len(rows)), layout="constrained")
+    style = {"boxstyle": "round,pad=0.6", "fc": LIGHT, "ec": BLUE}
+    for number, row in enumerate(rows):
+        for place, text in enumerate(row):
+            axes.text(place, -number, text, ha="center", va="center", fontsize=9, bbox=style)
+            if place:
+                axes.annotate("", (place - 0.36, -number), (place - 0.62, -number), arrowprops={"arrowstyle": "-|>"})
+    axes.set(xlim=(-0.5, max(map(len, rows)) - 0.5), ylim=(0.5 - len(rows), 0.5))
+    axes.axis("off")
+    return figure
+
+
+TRUTH_COLOUR = "#1a9850"
+PREDICTION_COLOUR = "#d73027"
+
+
+def draw_boxes(axes: plt.Axes, boxes: Iterable[Sequence[float]], colour: str, linestyle: str) -> None:
+    """Outline boxes `[x1, y1, x2, y2]` (pixels) on an image."""
+    for x1, y1, x2, y2 in boxes:
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec="white", lw=3.5, alpha=0.6))
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=2, ls=linestyle))
+
+
+def plot_images(
+    images: Sequence[Image.Image],
+    truths: Sequence[Sequence[Sequence[float]]],
+    predictions: Sequence[Sequence[Sequence[float]]] | None = None,
+    titles: Sequence[str] | None = None,
+    columns: int = 4,
+) -> plt.Figure:
+    """A grid of images with true boxes (dashed) and, if given, predicted boxes (solid), all in pixels."""
+    lines = math.ceil(len(images) / columns)
+    size = (3.4 * columns, 3.7 * lines)
+    figure, grid = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for axes in grid.flat:
+        axes.axis("off")
+    for number, (axes, image) in enumerate(zip(grid.flat, images, strict=False)):
+        axes.imshow(image)
+        draw_boxes(axes, truths[number], TRUTH_COLOUR, "--")
+        if predictions is not None:
+            draw_boxes(axes, predictions[number], PREDICTION_COLOUR, "-")
+        axes.set_title(titles[number] if titles is not None else "", fontsize=10)
+    handles = [Line2D([], [], color=TRUTH_COLOUR, ls="--", lw=2, label="truth")]
+    if predictions is not None:
+        handles.append(Line2D([], [], color=PREDICTION_COLOUR, ls="-", lw=2, label="prediction"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def to_jpeg(figure: plt.Figure, dpi: int = 110) -> DisplayImage:
+    """The figure for display as JPEG, which takes a fifth of the space of PNG where there are photographs."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="jpeg", dpi=dpi, pil_kwargs={"quality": 82})
+    plt.close(figure)
+    return DisplayImage(buffer.getvalue(), format="jpeg")
+
+
+def plot_prior(boxes: pd.DataFrame, median: Sequence[float]) -> plt.Figure:
+    """Area of the boxes of `describe_boxes`, and where they lie, with the median box `[x1, y1, x2, y2]` in 0..1."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    left.hist(boxes.area, bins=np.linspace(0, 1, 26), color=BLUE)
+    left.set(xlabel="area of the box / area of the image", ylabel="boxes", title="Size")
+    for x1, y1, x2, y2 in boxes[["x1", "y1", "x2", "y2"]].head(300).to_numpy():
+        right.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fc=BLUE, alpha=0.01))
+    x1, y1, x2, y2 = median
+    right.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=PREDICTION_COLOUR, lw=2, label="always this"))
+    right.set(xlabel="x / width", ylabel="y / height", title="Place", xlim=(0, 1), ylim=(1, 0))
+    right.legend(frameon=False)
+    return figure
+
+
+def list_token_cells(batch: dict[str, torch.Tensor], tokenizer) -> list[tuple[str, bool]]:
+    """Text and "has a label" of each token in the batch's first row; a run of image tokens is one cell."""
+    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    cells = []
+    for token, label, previous in zip(ids, labels, [None, *ids], strict=False):
+        if token == tokenizer.pad_token_id or token == previous == image:
+            continue
+        text = tokenizer.decode([token]).replace("<|", "").replace("|>", "").replace(" ", "␣").replace("\n", "↵")
+        cells.append((f"{ids.count(image)} x {text}" if token == image else text, label != -100))
+    return cells
+
+
+def plot_trained_tokens(batches: dict[str, dict[str, torch.Tensor]], tokenizer, per_line: int = 14) -> plt.Figure:
+    """The first row of one batch per collator as a strip of tokens, coloured where the loss looks."""
+    figure, grid = plt.subplots(len(batches), 1, figsize=(12, 3.4 * len(batches)), layout="constrained", squeeze=False)
+    for axes, (variant, batch) in zip(grid.flat, batches.items(), strict=True):
+        cells = list_token_cells(batch, tokenizer)
+        for number, (text, trained) in enumerate(cells):
+            x, y = number % per_line, -(number // per_line)
+            axes.add_patch(Rectangle((x + 0.03, y + 0.1), 0.94, 0.8, color=TRUTH_COLOUR if trained else "#eeeeee"))
+            colour = "white" if trained else "black"
+            axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=colour)
+        trained_cells = sum(trained for _, trained in cells)
+        axes.set_title(f"{variant}: {trained_cells} of {len(cells)} cells are trained", loc="left")
+        axes.set(xlim=(0, per_line), ylim=(-((len(cells) - 1) // per_line), 1))
+        axes.axis("off")
+    return figure
+
+
+def plot_lora() -> plt.Figure:
+    """A linear layer as LoRA trains it: a frozen matrix of 4-bit weights beside two thin trained ones."""
+    figure, axes = plt.subplots(figsize=(10, 2.8), layout="constrained")
+    axes.add_patch(Rectangle((2, 1.3), 2, 2, fc=LIGHT, ec=BLUE, hatch="...."))
+    axes.add_patch(Rectangle((2, 0.2), 2, 0.4, fc=ORANGE, ec="black"))
+    axes.add_patch(Rectangle((5, -0.6), 0.4, 2, fc=ORANGE, ec="black"))
+    texts = {(0.5, 1.4): "x", (3, 2.3): "W: out x in\nfrozen, 4 bits", (3, 0.4): "A: rank x in", (7.5, 1.4): "+",
+             (6.2, -0.4): "B: out x rank", (9.6, 1.4): "y = W x + (alpha / rank) B A x"}  # fmt: skip
+    for (x, y), text in texts.items():
+        axes.text(x, y, text, ha="center", va="center", fontsize=10, bbox={"fc": "white", "ec": "none", "pad": 2})
+    arrows = [((0.7, 1.5), (1.9, 2.3)), ((0.7, 1.3), (1.9, 0.4)), ((4.1, 0.4), (4.9, 0.4)),
+              ((4.1, 2.3), (7.3, 1.6)), ((5.5, 0.5), (7.35, 1.25)), ((7.7, 1.4), (8.1, 1.4))]  # fmt: skip
+    for start, end in arrows:
+        axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>"})
+    axes.set(xlim=(0, 11.3), ylim=(-0.8, 3.5))
+    axes.axis("off")
+    return figure
+
+
+def plot_recipes(recipes: dict[str, TrainingRecipe]) -> plt.Figure:
+    """What each recipe trains, a line a stage: orange is trained whole, light orange is LoRA, grey is frozen."""
+    stages = [(name, recipes[stage]) for name, recipe in recipes.items() for stage in recipe.stages or [name]]
+    colours = {"frozen": "#eeeeee", "lora": "#f9d3a8", "full": ORANGE}
+    words = {"frozen": "frozen", "lora": "frozen + LoRA", "full": "all weights trained"}
+    modes = [(step.train_vision, step.train_llm) for _, step in stages]
+    bits = [("16", "4" if step.quantized else "16") for _, step in stages]
+    figure, axes = plt.subplots(figsize=(8, 0.5 * len(stages) + 0.6), layout="constrained")
+    table = axes.table(
+        [[f"{words[m]}, {b} bits" for m, b in zip(*row, strict=True)] for row in zip(modes, bits, strict=True)],
+        cellColours=[[colours[mode] for mode in row] for row in modes],
+        rowLabels=[name if name == step.name else f"{name}: {step.name[:2]}" for name, step in stages],
+        colLabels=["vision tower", "language model"],
+        cellLoc="center",
+        loc="center",
+    )
+    table.scale(1, 2)
+    axes.axis("off")
+    return figure
+
+
+def plot_token_probabilities(answers: dict[str, Answer]) -> plt.Figure:
+    """Answers token by token, one row each: the bar is the probability that the model gave its choice."""
+    figure, grid = plt.subplots(len(answers), 1, figsize=(12, 2.2 * len(answers)), layout="constrained", squeeze=False)
+    for axes, (name, answer) in zip(grid.flat, answers.items(), strict=True):
+        texts = [answer.text[a:b] for a, b in zip([0, *answer.ends], answer.ends, strict=False)]
+        colours = [ORANGE if text.isdigit() else BLUE for text in texts]
+        axes.bar(range(len(texts)), answer.probabilities, color=colours)
+        marks = [text.replace("<|", "").replace("|>", "") for text in texts]
+        axes.set_xticks(range(len(texts)), marks, rotation=60, ha="right", fontsize=7)
+        axes.set(ylim=(0, 1.05), ylabel="probability", title=name)
+    return figure
+
+
+# the same in every figure; runs with other names take the colours in turn
+MODEL_COLOURS = {
+    "same-box": "black",
+    "base": "grey",
+    "r1-llm-only": "C0",
+    "r2-vision-only": "C1",
+    "r3-two-stage": "C2",
+    "r4-joint": "C3",
+}
+
+
+def plot_training(runs: Iterable[RunFolder], same_box: float) -> plt.Figure:
+    """Loss, and IoU on the validation split, over optimiser steps; one line per run, dashed the same-box detector."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    for run in runs:
+        style = {"label": run.path.name, "color": MODEL_COLOURS.get(run.path.name)}
+        left.plot(*run.read_log("loss"), **style)
+        right.plot(*run.read_log("eval_mean_iou"), marker="o", **style)
+    right.axhline(same_box, color="black", ls="--", lw=1, label="same box")
+    left.set(xlabel="optimiser step", ylabel="loss per trained token (nats)", title="Training loss", ylim=(0, None))
+    right.set(xlabel="optimiser step", ylabel="mean IoU", title="IoU on the validation split", ylim=(0, 1))
+    right.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_comparison(records_by_name: dict[str, Sequence[dict]]) -> plt.Figure:
+    """Mean IoU as bars with 95 % intervals, and the share of images with at least a given IoU as lines."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    for number, (name, records) in enumerate(records_by_name.items()):
+        ious = np.sort([record["iou"] for record in records if record["iou"] is not None])[::-1]
+        mean, (low, high) = ious.mean(), bootstrap_intervals(records)["mean_iou"]
+        colour = MODEL_COLOURS.get(name)
+        left.bar(name, mean, yerr=[[max(0, mean - low)], [max(0, high - mean)]], capsize=4, color=colour)
+        left.text(number, high + 0.02, f"{mean:.2f}", ha="center", fontweight="bold")
+        right.step(ious, np.arange(1, len(ious) + 1) / len(ious), label=name, where="post", color=colour)
+    left.set(ylabel="mean IoU, 95 % interval", ylim=(0, 1.08), title="Mean IoU")
+    left.tick_params(axis="x", labelsize=7)
+    right.set(xlabel="IoU", ylabel="share of images with at least this IoU", xlim=(0, 1), ylim=(0, 1.02))
+    right.legend(frameon=False, fontsize=8)
+    right.grid(alpha=0.3)
+    return figure
+
+
+def plot_differences(records_by_name: dict[str, Sequence[dict]], pairs: Sequence[tuple[str, str]]) -> plt.Figure:
+    """Paired differences in mean IoU (second minus first of each pair) with 95 % intervals."""
+    figure, axes = plt.subplots(figsize=(8, 0.45 * len(pairs) + 1.1), layout="constrained")
+    for number, (one, other) in enumerate(pairs):
+        result = compare_records(records_by_name[one], records_by_name[other])
+        colour = "grey" if result["verdict"] == "no difference seen" else "black"
+        axes.plot([result["low"], result["high"]], [number, number], color=colour, lw=2)
+        axes.plot(result["difference"], number, "o", color=colour)
+        text = f"{result['difference']:+.3f} {result['verdict']}"
+        axes.text(1.02, number, text, va="center", color=colour, transform=axes.get_yaxis_transform())
+    axes.set_yticks(range(len(pairs)), [f"{one} -> {other}" for one, other in pairs])
+    axes.axvline(0, color="grey", lw=1)
+    axes.set(xlabel="difference in mean IoU", title="Is it more than noise?")
+    axes.invert_yaxis()
+    return figure

@@ -1,0 +1,358 @@
+"""Training: the right weights, in float32; checkpoints are chosen, saved, reloaded, and not lost when interrupted."""
+
+import json
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from trl import SFTConfig
+
+from helpers import training
+from helpers.collators import AllTokensCollator
+from helpers.conversation import QUESTION
+from helpers.data import load_splits, to_training_dataset
+from helpers.loading import allocated_megabytes, load_model, release_memory
+from helpers.recipes import CATALOGUE
+from helpers.runs import RunFolder
+from helpers.training import (
+    build_trainer,
+    check_trainable_parameters,
+    create_detector,
+    create_training_config,
+    evaluate_run,
+    gradient_norms,
+    load_trained_model,
+    run_recipe,
+)
+
+R1, R2, R3, R4 = CATALOGUE.values()
+
+
+@pytest.fixture(scope="module")
+def splits(make_settings, tmp_path_factory):
+    return load_splits(make_settings(tmp_path_factory.mktemp("unused")))
+
+
+@pytest.fixture
+def settings(make_settings, tmp_path):
+    return make_settings(tmp_path)
+
+
+@pytest.fixture
+def make_trainer(settings, splits):
+    """A trainer of a recipe on the base, as `train` makes it."""
+
+    def make(recipe):
+        model = load_model(settings.model_id, recipe.quantized, torch.float32)
+        return build_trainer(create_detector(model, settings), recipe, settings, splits)
+
+    return make
+
+
+@pytest.fixture
+def _keep_last(monkeypatch):
+    """The last weights are the result: the best may be those after the first step, which have learned little."""
+
+    def create(recipe, settings):
+        config = create_training_config(recipe, settings)
+        config.load_best_model_at_end = False
+        return config
+
+    monkeypatch.setattr(training, "create_training_config", create)
+
+
+# What is trained
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tensors", "parameters"),
+    [
+        # r * (in + out) per linear layer: q, o 192+192, k, v 192+64, gate, up, down 192+512
+        (R1, 6 * 7 * 2, 6 * 64 * (2 * 384 + 2 * 256 + 3 * 704)),
+        (R2, 6 * 12 + 1 + 6, 3_633_600),
+        # and for the vision blocks: qkv 192+576, fc1, fc2 192+768
+        (R4, 6 * 7 * 2 + 6 * 3 * 2, 6 * 64 * (2 * 384 + 2 * 256 + 3 * 704 + 768 + 2 * 960)),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_what_a_recipe_trains_is_in_float32(make_trainer, recipe, tensors, parameters):
+    trained = [p for p in make_trainer(recipe).model.parameters() if p.requires_grad]
+    assert len(trained) == tensors
+    assert sum(p.numel() for p in trained) == parameters
+    assert {p.dtype for p in trained} == {torch.float32}
+
+
+def test_a_model_that_trains_elsewhere_is_refused(make_trainer):
+    model = make_trainer(R1).model
+    model.get_base_model().lm_head.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"unexpectedly trained: \['base_model.model.lm_head.weight'\]"):
+        check_trainable_parameters(model, R1)
+    model.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"nothing is trained in \['language_model'\]"):
+        check_trainable_parameters(model, R1)
+
+
+def test_joint_training_reaches_both_towers(make_trainer):
+    trainer = make_trainer(R4)
+    trainer.model(**trainer.data_collator([trainer.train_dataset[0]])).loss.backward()
+    norms = gradient_norms(trainer.model)
+    assert set(norms) == {"visual", "language_model"}
+    assert min(norms.values()) > 0
+
+
+def test_training_without_gradient_is_stopped(make_trainer):
+    trainer = make_trainer(R4)
+    for name, parameter in trainer.model.named_parameters():
+        if "visual" in name and parameter.requires_grad:
+            parameter.register_hook(torch.zeros_like)
+    with pytest.raises(RuntimeError, match="without any gradient"):
+        trainer.train()
+
+
+def test_gradient_norms_are_logged_before_clipping(make_trainer, settings):
+    settings.max_steps = 1
+    trainer = make_trainer(R2)
+    assert trainer.args.max_grad_norm == 1
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient: 1000 * gradient)
+    trainer.train()
+    norms = [entry["grad_norm_visual"] for entry in trainer.state.log_history if "grad_norm_visual" in entry]
+    assert len(norms) == 1
+    assert norms[0] > 10  # clipped, it would be 1
+
+
+def test_data_parallel_is_off_where_several_gpus_are_visible(settings, monkeypatch):
+    monkeypatch.setattr(SFTConfig, "n_gpu", property(lambda self: 2))  # what it finds there; here is none
+    assert create_training_config(R1, settings)._n_gpu == 1
+
+
+def test_settings_reach_the_trainer(make_trainer, settings, splits):
+    settings.max_steps, settings.batch_size, settings.seed, settings.flip_probability = 7, 3, 5, 1.0
+    trainer = make_trainer(replace(R2, name="mine", learning_rate=3e-4, collator="v1-all-tokens"))
+    config = trainer.args
+    assert (config.learning_rate, config.max_steps, config.per_device_train_batch_size, config.seed) == (3e-4, 7, 3, 5)
+    assert config.output_dir == f"{settings.output_dir}/mine"
+    assert isinstance(trainer.data_collator, AllTokensCollator)
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (22, 2)
+    texts = [dataset[0]["messages"][2] for dataset in (trainer.train_dataset, trainer.eval_dataset)]
+    rows = [(splits.train, 1.0), (splits.validation, 0.0)]  # images are mirrored in training only
+    assert texts == [to_training_dataset(rows, QUESTION, flip)[0]["messages"][2] for rows, flip in rows]
+
+
+def test_several_stages_and_their_learning_rates(settings, splits, monkeypatch):
+    trained = []
+    monkeypatch.setattr(training, "train", lambda recipe, settings, splits, start: trained.append((recipe, start)))
+    settings.learning_rates = {"r1-llm-only": 0.5, "r4-joint": 0.25}
+    for recipe in (R4, R2, R3):
+        run_recipe(recipe, settings, splits)
+    stage1 = f"{settings.output_dir}/r3-two-stage/stage1"
+    assert [(recipe.name, recipe.learning_rate, recipe.quantized, start) for recipe, start in trained] == [
+        ("r4-joint", 0.25, True, settings.model_id),
+        ("r2-vision-only", 1e-5, False, settings.model_id),
+        ("r3-two-stage/stage1", 1e-5, False, settings.model_id),
+        ("r3-two-stage", 0.5, True, stage1),
+    ]
+
+
+def test_a_first_stage_that_is_there_is_not_trained_again(settings, splits, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(
+        training, "train", lambda recipe, settings, splits, start: trained.append((recipe.name, start))
+    )
+    run_recipe(R3, settings, splits, tmp_path / "elsewhere")
+    assert trained == [("r3-two-stage", f"{tmp_path}/elsewhere")]
+    trained.clear()
+    # killed in its second stage
+    (tmp_path / "r3-two-stage/stage1").mkdir(parents=True)
+    RunFolder(tmp_path / "r3-two-stage/stage1").write_recipe({})
+    (tmp_path / "r3-two-stage/checkpoint-2").mkdir()
+    run_recipe(R3, settings, splits)
+    assert trained == [("r3-two-stage", f"{tmp_path}/r3-two-stage/stage1")]
+
+
+# By what checkpoints are chosen
+
+
+def test_checkpoints_are_chosen_under_the_limits_of_the_final_table(make_trainer, settings, splits, monkeypatch):
+    settings.max_new_tokens, settings.eval_batch_size, settings.max_pixels = 17, 3, 40 * 28 * 28
+    asked = []
+
+    def evaluate_detector(detector, rows, show_progress=True):
+        asked.append((detector.prompt, detector.max_new_tokens, detector.batch_size, detector.processor, len(rows)))
+        return [{"id": "a", "truth": [{"label": "t", "box": [0, 0, 10, 10]}], "prediction": [], "iou": 0.0}]
+
+    monkeypatch.setattr(training, "evaluate_detector", evaluate_detector)
+    monkeypatch.setattr(training, "load_trained_model", lambda folder: None)
+    trainer = make_trainer(R1)
+    metrics = trainer.evaluate()
+    evaluate_run(RunFolder(Path(trainer.args.output_dir)), settings, splits.evaluation)
+    assert [call[:3] + call[4:] for call in asked] == [(QUESTION, 17, 3, 2), (QUESTION, 17, 3, 8)]
+    assert [call[3].image_processor.size["longest_edge"] for call in asked] == [40 * 28 * 28] * 2
+    assert metrics["eval_mean_iou"] == 0
+    assert metrics["eval_selection"] == pytest.approx(-1e-6 * metrics["eval_loss"])
+    assert trainer.detector.model is trainer.model
+
+
+@pytest.mark.slow
+def test_training_reports_loss_gradients_and_iou(settings, splits, tmp_path):
+    settings.report_to = "tensorboard"
+    run = run_recipe(replace(R4, collator="v1-all-tokens"), settings, splits)
+    log = json.loads((run.path / "trainer_state.json").read_text())
+    keys = set().union(*log["log_history"])
+    assert keys >= {"eval_loss", "eval_mean_iou", "grad_norm_visual", "grad_norm_language_model"}
+    steps, ious = run.read_log("eval_mean_iou")
+    assert steps == [0, 1, 2, 3, 4]  # with the model as it was before training
+    assert run.read_log("eval_loss")[0] == [0, 1, 2, 3, 4]
+    assert log["best_metric"] == pytest.approx(max(ious[1:]), abs=1e-4)
+    assert list(run.path.rglob("events.out.tfevents*"))
+
+
+# What is left on disk
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_keep_last")
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("recipe", [R1, R4], ids=lambda recipe: recipe.name)
+def test_an_adapter_is_saved_and_reloads(settings, splits, recipe, gradient_checkpointing):
+    settings.gradient_checkpointing = gradient_checkpointing
+    folder = run_recipe(recipe, settings, splits).path
+    files = {path.name for path in folder.iterdir()}
+    assert files >= {"adapter_model.safetensors", "adapter_config.json", "processor_config.json", "tokenizer.json"}
+    assert files >= {"trainer_state.json", "recipe.json"}
+    assert not [name for name in files if name.startswith("checkpoint")]
+    weights = load_file(folder / "adapter_model.safetensors")
+    moved = [name for name, tensor in weights.items() if "lora_B" in name and tensor.abs().max() > 0]
+    assert len(moved) == 6 * (7 if recipe is R1 else 10)  # B starts at zero: every adapter has learned something
+    model = load_trained_model(folder)
+    assert isinstance(model, PeftModel)
+    loaded = dict(model.named_parameters())
+    for name, tensor in weights.items():
+        torch.testing.assert_close(loaded[name.replace(".weight", ".default.weight")], tensor)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_keep_last")
+def test_a_full_checkpoint_is_saved_and_reloads(settings, splits):
+    folder = run_recipe(R2, settings, splits).path
+    assert (folder / "model.safetensors").exists()
+    assert not (folder / "adapter_config.json").exists()
+    assert "visual.patch_embed.proj.weight" in load_file(folder / "model.safetensors")  # the names of the hub
+    trained = load_trained_model(folder).state_dict()
+    before = load_model(settings.model_id, quantized=False, dtype=torch.float32).state_dict()
+    changed = {name.split(".")[1] for name, tensor in trained.items() if not torch.equal(tensor, before[name])}
+    assert changed == {"visual"}
+
+
+@pytest.mark.slow
+def test_a_result_tells_how_it_was_made(settings, splits):
+    settings.max_steps, settings.seed = 1, 11
+    settings.learning_rates = {"r1-llm-only": 2e-3}
+    made = run_recipe(R1, settings, splits).read_recipe()
+    assert (made["name"], made["quantized"], made["lora_rank"], made["learning_rate"]) == (
+        "r1-llm-only",
+        True,
+        64,
+        2e-3,
+    )
+    assert (made["started_from"], made["steps"], made["collator"]) == (settings.model_id, 1, "v2-assistant-only")
+    assert made["settings"] == vars(settings)
+    assert (made["settings"]["seed"], made["settings"]["dataset_id"]) == (11, settings.dataset_id)
+    assert made["prompt"].startswith("Detect every nutrition table. Answer with label and box")
+    assert made["system_message"].startswith("You are a vision language model")
+    assert made["pixel_budget"] == {"factor": 28, "min_pixels": 3136, "max_pixels": 66 * 28 * 28}
+    packages = ["torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"]
+    assert made["versions"] == {package: version(package) for package in packages}
+
+
+@pytest.mark.slow
+def test_the_second_stage_starts_from_the_first(settings, splits, make_settings, tmp_path):
+    folder = run_recipe(R3, settings, splits).path
+    assert folder == tmp_path / "r3-two-stage"
+    adapter = json.loads((folder / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(folder / "stage1")
+    first = load_file(folder / "stage1/model.safetensors")["visual.patch_embed.proj.weight"]
+    assert torch.equal(load_trained_model(folder).get_base_model().model.visual.patch_embed.proj.weight, first)
+    # a checkpoint takes the place of the first stage
+    again = run_recipe(R3, make_settings(tmp_path / "again"), splits, folder / "stage1").path
+    assert not (again / "stage1").exists()
+    weights = [load_file(path / "adapter_model.safetensors") for path in (folder, again)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+# Interruptions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [R1, R2], ids=lambda recipe: recipe.name)
+def test_interrupted_training_goes_on(settings, splits, tmp_path, capsys, monkeypatch, recipe):
+    whole, steps = training.DetectionTrainer.training_step, []
+
+    def interrupted(*arguments, **options):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(training.DetectionTrainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, settings, splits)
+    monkeypatch.undo()
+    left = tmp_path / recipe.name / "checkpoint-3"
+    assert left.exists()
+    run = run_recipe(recipe, settings, splits)
+    assert f"going on from {left}" in capsys.readouterr().out
+    assert run.read_recipe()["steps"] == 4
+    assert run.read_log("eval_mean_iou")[0][-1] == 4
+    assert not list(run.path.glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_a_resumed_full_training_has_the_weights_of_its_checkpoint(make_trainer, settings, tmp_path):
+    settings.max_steps = 2
+    make_trainer(R2).train()
+    checkpoint = tmp_path / "r2-vision-only/checkpoint-2"
+    wanted = load_file(checkpoint / "model.safetensors")
+    assert {name.split(".")[1] for name in wanted} == {"visual"}  # a checkpoint holds what is trained
+    other = make_trainer(R2)
+    other._load_from_checkpoint(str(checkpoint))
+    loaded = dict(other.model.named_parameters())
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(loaded[name], tensor)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(make_trainer, tmp_path):
+    trainer, file = make_trainer(R2), tmp_path / "model.safetensors"
+    trainer._save(str(tmp_path))
+    trainer._load_from_checkpoint(str(tmp_path))  # as it was saved, it fits
+    weights = load_file(file)
+    patches = weights.pop("model.visual.patch_embed.proj.weight")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"does not fit .*\['model.visual.patch_embed.proj.weight'\]. Delete it"):
+        trainer._load_from_checkpoint(str(tmp_path))
+    weights |= {"model.visual.patch_embed.proj.weight": patches, "visual.stranger": patches.clone()}
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"does not fit .*\['visual.stranger'\]"):
+        trainer._load_from_checkpoint(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_memory_is_free_after_each_of_two_recipes(settings, splits):
+    settings.batch_size = 16  # a batch this large leaves hundreds of megabytes where they are not released
+
+    def megabytes_after(recipe):
+        run_recipe(recipe, settings, splits)
+        release_memory()
+        return allocated_megabytes()
+
+    megabytes_after(replace(R1, name="first"))  # what is loaded once and stays: kernels, caches
+    before = allocated_megabytes()
+    for recipe in (R2, R4):
+        after = megabytes_after(recipe)
+        assert after - before < max(0.05 * before, 150), f"{recipe.name}: {before:.0f} -> {after:.0f} MB"
+        before = after
