@@ -9,7 +9,6 @@ from collections import Counter
 
 import pandas as pd
 import torch
-from transformers import PreTrainedModel, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 
 def describe_tree(module: torch.nn.Module, depth: int, name: str = "model") -> list[str]:
@@ -39,17 +38,6 @@ def list_parameters(model: torch.nn.Module) -> pd.DataFrame:
     lines = [(path, shape, count, count * math.prod(shape)) for (path, shape), count in found.items()]
     table = pd.DataFrame(lines, columns=["path", "shape", "count", "parameters"]).set_index("path")
     return table.assign(share=table.parameters / table.parameters.sum())
-
-
-def build_qwen2_vl_7b() -> PreTrainedModel:
-    """Qwen2-VL-7B without weights, on the meta device, from the values of its published configuration."""
-    text = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
-    text |= {"intermediate_size": 18944, "vocab_size": 152064}
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
-    vision = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 3584, "mlp_ratio": 4}
-    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
-    with torch.device("meta"):
-        return Qwen2VLForConditionalGeneration(config)
 
 
 def list_linear_modules(model: torch.nn.Module, prefix: str = "") -> pd.DataFrame:

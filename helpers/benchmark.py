@@ -28,17 +28,17 @@ from transformers.trainer_utils import IntervalStrategy
 
 from helpers.data import Splits, load_rows, read_row
 from helpers.detection import evaluate_detector
-from helpers.generation import Detector, generate, to_question
+from helpers.generation import Detector, generate, to_questions
 from helpers.loading import best_dtype, load_model, release_memory
+from helpers.quantization import PUBLISHED_SIZES
 from helpers.recipes import CATALOGUE, apply_freeze_policy, build_lora_config_for_recipe
-from helpers.runs import RunFolder
+from helpers.runs import RunFolder, write_json
 from helpers.tiny.packages import draw_dataset
 from helpers.training import build_trainer, create_detector, load_trained_model
 
 SIZES = {
     "7b": {
-        "text": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-                 "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768},
+        "text": PUBLISHED_SIZES["7B"][0] | {"max_position_embeddings": 32768},
         "vision": {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4, "num_heads": 16},
         "side": 980,
         "trainable": {"r1-llm-only": 161_480_704, "r2-vision-only": 675_759_104, "r4-joint": 198_180_864},
@@ -145,7 +145,7 @@ def create_detectors(settings: SimpleNamespace) -> Iterator[tuple[str, Detector]
     adapted = load_model(settings.model_id, recipe.quantized, best_dtype())
     apply_freeze_policy(adapted, recipe)
     get_peft_model(adapted, build_lora_config_for_recipe(recipe)).save_pretrained(run.path)
-    run.write_recipe({"name": recipe.name, "quantized": recipe.quantized})
+    write_json(run.path / "recipe.json", {"name": recipe.name, "quantized": recipe.quantized})
     del adapted
     release_memory()
     yield "NF4, r4-joint", create_detector(load_trained_model(run.path), settings)
@@ -170,7 +170,7 @@ def measure_generation(detector: Detector, rows: Dataset, batch_sizes: list[int]
 
 def ask_one_by_one(detector: Detector, rows: Dataset) -> list[str]:
     """The plain way: read an image, generate its answer, read the next."""
-    return [generate(detector, [to_question(read_row(row)[0], detector)])[0].text for row in rows]
+    return [generate(detector, to_questions([read_row(row)[0]], detector))[0].text for row in rows]
 
 
 def main() -> None:

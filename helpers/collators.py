@@ -3,7 +3,7 @@
 Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `make sync`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +19,7 @@ class AllTokensCollator:
     processor: Qwen2VLProcessor
 
     def __call__(self, examples: Sequence[dict]) -> dict[str, torch.Tensor]:
-        """Processor tensors plus `labels` of the shape of `input_ids` (batch, tokens)."""
-        batch = to_batch(examples, self.processor)
-        return add_labels(batch, find_text_tokens(batch["input_ids"], self.processor.tokenizer))
+        return add_labels(to_batch(examples, self.processor), find_text_tokens, self.processor.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -31,9 +29,7 @@ class AssistantOnlyCollator:
     processor: Qwen2VLProcessor
 
     def __call__(self, examples: Sequence[dict]) -> dict[str, torch.Tensor]:
-        """Processor tensors plus `labels` of the shape of `input_ids` (batch, tokens)."""
-        batch = to_batch(examples, self.processor)
-        return add_labels(batch, find_assistant_tokens(batch["input_ids"], self.processor.tokenizer))
+        return add_labels(to_batch(examples, self.processor), find_assistant_tokens, self.processor.tokenizer)
 
 
 COLLATORS = {"v1-all-tokens": AllTokensCollator, "v2-assistant-only": AssistantOnlyCollator}
@@ -42,12 +38,13 @@ COLLATORS = {"v1-all-tokens": AllTokensCollator, "v2-assistant-only": AssistantO
 def to_batch(examples: Sequence[dict], processor: Qwen2VLProcessor) -> dict[str, torch.Tensor]:
     """What the model is given: token ids, masks, patches of the images and their grids; padded on the right."""
     texts = [processor.apply_chat_template(example["messages"], tokenize=False) for example in examples]
-    images = [[example["image"]] for example in examples]
-    return dict(processor(text=texts, images=images, padding=True, pad_to_multiple_of=8, return_tensors="pt"))
+    padding = {"padding": True, "padding_side": "right", "pad_to_multiple_of": 8, "return_tensors": "pt"}
+    return dict(processor(text=texts, images=[[example["image"]] for example in examples], **padding))
 
 
-def add_labels(batch: dict[str, torch.Tensor], trained: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The batch with `labels`: the token ids where `trained` (batch, tokens) holds, -100 elsewhere."""
+def add_labels(batch: dict[str, torch.Tensor], find_trained: Callable, tokenizer) -> dict[str, torch.Tensor]:
+    """The batch with `labels` (batch, tokens): the token ids where `find_trained` says so, -100 elsewhere."""
+    trained = find_trained(batch["input_ids"], tokenizer)
     return batch | {"labels": batch["input_ids"].masked_fill(~trained, -100)}
 
 

@@ -28,9 +28,7 @@ def load_rows(dataset_id: str, split: str, samples: int | None, seed: int) -> Da
     """
     dataset = open_dataset(dataset_id)
     if split not in dataset:
-        raise ValueError(
-            f"{dataset_id} has no split {split!r}: set TRAIN_SPLIT / EVAL_SPLIT to one of {list(dataset)}."
-        )
+        raise ValueError(f"{dataset_id} has no split {split!r}, only {list(dataset)}: set TRAIN_SPLIT / EVAL_SPLIT.")
     rows = dataset[split]
     check_columns(rows, dataset_id)
     return rows if samples is None else rows.shuffle(seed=seed).select(range(min(samples, len(rows))))
@@ -41,20 +39,17 @@ def open_dataset(dataset_id: str) -> DatasetDict:
     try:
         return load_dataset(dataset_id)
     except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"No dataset {dataset_id!r}: neither a folder below {Path.cwd()} nor, as far as the network tells, on the "
-            "hub. Set DATASET_ID to one (`python -m helpers.tiny.packages outputs/tiny_dataset` draws a tiny one)."
-        ) from error
+        where = f"neither a folder below {Path.cwd()} nor, as far as the network tells, on the hub"
+        remedy = "Set DATASET_ID to one (`python -m helpers.tiny.packages outputs/tiny_dataset` draws a tiny one)."
+        raise FileNotFoundError(f"No dataset {dataset_id!r}: {where}. {remedy}") from error
 
 
 def check_columns(rows: Dataset, dataset_id: str) -> None:
     """Raise ValueError unless `rows` has the columns image_id, image and objects{bbox, category_name}."""
     wanted = {"image_id", "image", "objects.bbox", "objects.category_name"}
-    if missing := wanted - set(rows.flatten().column_names):
-        raise ValueError(
-            f"{dataset_id} has no column {', '.join(sorted(missing))} (it has {', '.join(rows.column_names)}). Rename "
-            "its columns as in openfoodfacts/nutrition-table-detection."
-        )
+    if missing := ", ".join(sorted(wanted - set(rows.flatten().column_names))):
+        present, remedy = ", ".join(rows.column_names), "as in openfoodfacts/nutrition-table-detection"
+        raise ValueError(f"{dataset_id} has no column {missing} (it has {present}). Rename its columns {remedy}.")
 
 
 def drop_bad_rows(rows: Dataset) -> Dataset:
@@ -139,32 +134,23 @@ def hold_back(rows: Dataset, samples: int, seed: int) -> tuple[Dataset, Dataset]
     held = {groups[number] for number in order[:samples]}
     back = [number for number, group in enumerate(groups) if group in held]
     if not 0 < len(back) < len(rows):
-        raise ValueError(
-            f"VALIDATION_SAMPLES={samples} of {len(rows)} rows: hold back at least 1 image, by which checkpoints are "
-            "chosen, and leave some to train on."
-        )
+        remedy = "hold back at least 1 image, by which checkpoints are chosen, and leave some to train on"
+        raise ValueError(f"VALIDATION_SAMPLES={samples} of {len(rows)} rows: {remedy}.")
     return rows.select([number for number, group in enumerate(groups) if group not in held]), rows.select(back)
 
 
 def read_row(row: dict) -> tuple[Image.Image, list[list[float]], list[str]]:
     """A dataset row as upright RGB image, its boxes `[x1, y1, x2, y2]` in pixels, and their labels."""
     image = ImageOps.exif_transpose(row["image"]).convert("RGB")
-    width, height = image.size
-    boxes = [
-        [x_min * width, y_min * height, x_max * width, y_max * height]
-        for y_min, x_min, y_max, x_max in row["objects"]["bbox"]
-    ]
-    return image, boxes, list(row["objects"]["category_name"])
+    fractions = np.reshape(row["objects"]["bbox"], (-1, 4))[:, [1, 0, 3, 2]]
+    return image, (fractions * (image.size * 2)).tolist(), list(row["objects"]["category_name"])
 
 
 def describe_boxes(rows: Dataset) -> pd.DataFrame:
     """One line per box: image number, category, corners x1, y1, x2, y2, and area, all as fractions of the image."""
-    lines = [
-        {"image": number, "category": category, "x1": x1, "y1": y1, "x2": x2, "y2": y2}
-        for number, objects in enumerate(rows["objects"])
-        for category, (y1, x1, y2, x2) in zip(objects["category_name"], objects["bbox"], strict=True)
-    ]
-    boxes = pd.DataFrame(lines)
+    objects = pd.DataFrame(list(rows["objects"])).explode(["category_name", "bbox"])
+    boxes = pd.DataFrame(objects.bbox.tolist(), columns=["y1", "x1", "y2", "x2"])
+    boxes = boxes.assign(image=objects.index, category=objects.category_name.to_numpy())
     return boxes.assign(area=(boxes.x2 - boxes.x1) * (boxes.y2 - boxes.y1))
 
 

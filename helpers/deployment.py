@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Qwen2VLProcessor
 
 from helpers.conversation import QUESTION, SYSTEM_MESSAGE
+from helpers.detection import pixel_budget
 from helpers.loading import load_processor
 from helpers.recipes import TrainingRecipe
 
@@ -43,16 +44,11 @@ first (`PIL.ImageOps.exif_transpose`). Measured on the evaluation split, merged 
 
 def write_model_card(folder: Path, recipe: TrainingRecipe, settings: SimpleNamespace, metrics: dict) -> None:
     """Write `README.md` with metadata that the hub reads, prompt, pixel budget and metrics."""
-    lines = [f"- {name}: {value:.3f}" for name, value in metrics.items() if value is not None]
-    text = MODEL_CARD.format(
-        base=settings.model_id,
-        dataset=settings.dataset_id,
-        recipe=recipe,
-        system=SYSTEM_MESSAGE,
-        prompt=QUESTION,
-        max_pixels=load_processor(str(folder), settings.max_pixels).image_processor.size["longest_edge"],
-        metrics="\n".join(lines),
-    )
-    data = {"base_model": settings.model_id, "datasets": [settings.dataset_id], "library_name": "transformers",
-            "pipeline_tag": "image-text-to-text", "tags": ["object-detection", "trl"]}  # fmt: skip
-    ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+    base, dataset = settings.model_id, settings.dataset_id
+    max_pixels = pixel_budget(load_processor(str(folder), settings.max_pixels))["max_pixels"]
+    asked = {"system": SYSTEM_MESSAGE, "prompt": QUESTION, "max_pixels": max_pixels}
+    lines = "\n".join(f"- {name}: {value:.3f}" for name, value in metrics.items() if value is not None)
+    text = MODEL_CARD.format(base=base, dataset=dataset, recipe=recipe, metrics=lines, **asked)
+    data = ModelCardData(base_model=base, datasets=[dataset], library_name="transformers")
+    data.pipeline_tag, data.tags = "image-text-to-text", ["object-detection", "trl"]
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")

@@ -18,7 +18,7 @@ from transformers import Qwen2VLProcessor
 from helpers.boxes import from_model_coordinates, has_area, resized_size, to_grid
 from helpers.conversation import format_answer
 from helpers.data import read_headers, read_row
-from helpers.generation import Answer, Detector, generate, to_question
+from helpers.generation import Answer, Detector, generate, to_questions
 from helpers.loading import release_memory
 from helpers.metrics import boxes_of, match_boxes
 from helpers.parsing import parse_answer
@@ -27,25 +27,19 @@ from helpers.parsing import parse_answer
 def to_record(row: dict, resized: tuple[int, int]) -> dict:
     """What is known of an image before it is asked about; `resized` is its (width, height) as the model sees it.
 
-    id, group (the barcode), width, height, resized, and truth: labels and boxes `[x1, y1, x2, y2]` in pixels of the
-    upright image.
+    id, group (the barcode), width, height, resized, and truth: labels and boxes in pixels of the upright image.
     """
     image, boxes, labels = read_row(row)
-    return {
-        "id": row["image_id"],
-        "group": (row.get("meta") or {}).get("barcode") or None,
-        "width": image.width,
-        "height": image.height,
-        "resized": list(resized),
-        "truth": [{"label": label, "box": box} for label, box in zip(labels, boxes, strict=True)],
-    }
+    truth = [{"label": label, "box": box} for label, box in zip(labels, boxes, strict=True)]
+    known = {"id": row["image_id"], "group": (row.get("meta") or {}).get("barcode") or None}
+    return known | {"width": image.width, "height": image.height, "resized": list(resized), "truth": truth}
 
 
 def add_answer(record: dict, answer: Answer, family: str) -> dict:
-    """A record with what a model of `family` made of it, boxes `[x1, y1, x2, y2]` in pixels of the upright image.
+    """A record with what a model of `family` made of it: raw (the answer), prediction, unread, iou.
 
-    raw (the answer), prediction (label, box, and a score if token probabilities are known), unread (what of the
-    answer could not be read), iou (mean over true boxes, one to one; None where there are none).
+    A prediction has label, box in pixels of the upright image, and score if token probabilities are known; iou is the
+    mean over true boxes, None where there are none.
     """
     parsed = parse_answer(answer.text)
     place = record["width"], record["height"], family, record.get("resized")
@@ -64,28 +58,24 @@ def add_answer(record: dict, answer: Answer, family: str) -> dict:
 
 def pixel_budget(processor: Qwen2VLProcessor) -> dict[str, int]:
     """The processor's settings as arguments of `resized_size`."""
-    images = processor.image_processor
-    return {
-        "factor": images.patch_size * images.merge_size,
-        "min_pixels": images.size["shortest_edge"],
-        "max_pixels": images.size["longest_edge"],
-    }
+    images, size = processor.image_processor, processor.image_processor.size
+    limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    return {"factor": images.patch_size * images.merge_size} | limits
 
 
 def detect(image: Image.Image, detector: Detector) -> list[dict]:
     """The objects in one image: `{"label", "box", "score"}`, boxes in pixels of the upright image."""
     upright = ImageOps.exif_transpose(image).convert("RGB")
-    answer = generate(detector, [to_question(upright, detector)])[0]
     resized = resized_size(*upright.size, **pixel_budget(detector.processor))
     record = {"width": upright.width, "height": upright.height, "resized": resized, "truth": []}
+    answer = generate(detector, to_questions([upright], detector))[0]
     return add_answer(record, answer, detector.model.config.model_type)["prediction"]
 
 
 def evaluate_detector(detector: Detector, rows: Dataset, show_progress: bool = True) -> list[dict]:
     """Ask the detector about every row. One record per image, in the order of the rows: see `add_answer`.
 
-    Images of like size share a batch, and workers prepare the next ones while a GPU answers. Batches that do not fit
-    into its memory are halved. Raises ValueError for a model of an unknown family.
+    Batches that do not fit into a GPU's memory are halved. Raises ValueError for a model of an unknown family.
     """
     detector.model.eval()
     batch_size = detector.batch_size or (64 if torch.cuda.is_available() else 32)
@@ -100,24 +90,24 @@ def evaluate_detector(detector: Detector, rows: Dataset, show_progress: bool = T
 
 
 def ask_in_batches(detector: Detector, rows: Dataset, show_progress: bool) -> list[dict]:
-    """`evaluate_detector` with a batch size that is set."""
+    """`evaluate_detector` with a batch size that is set; images of like size share a batch."""
     budget = pixel_budget(detector.processor)
     sizes = [resized_size(width, height, **budget) for width, height, _ in read_headers(rows)]
-    order = sorted(range(len(rows)), key=lambda number: sizes[number][0] * sizes[number][1], reverse=True)
+    order = np.argsort([-width * height for width, height in sizes], kind="stable")
 
-    def prepare(numbers: Sequence[int]) -> list[tuple[int, dict, dict[str, torch.Tensor]]]:
-        chosen = [(number, rows[number]) for number in numbers]
-        return [(n, to_record(row, sizes[n]), to_question(read_row(row)[0], detector)) for n, row in chosen]
+    def prepare(numbers: Sequence[int]) -> tuple[Sequence[int], list[dict], dict[str, torch.Tensor]]:
+        chosen = [rows[int(number)] for number in numbers]
+        records = [to_record(row, sizes[number]) for number, row in zip(numbers, chosen, strict=True)]
+        return numbers, records, to_questions([read_row(row)[0] for row in chosen], detector)
 
-    workers = min(8, (os.cpu_count() or 1) // 2) if torch.cuda.is_available() else 0
-    records = {}
+    workers, done = min(8, os.cpu_count() // 2) if torch.cuda.is_available() else 0, {}
+    batches = DataLoader(order, detector.batch_size, collate_fn=prepare, num_workers=workers)
     with tqdm(total=len(rows), desc="evaluating", unit="image", disable=not show_progress) as progress:
-        for batch in DataLoader(order, detector.batch_size, collate_fn=prepare, num_workers=workers):
-            answers = generate(detector, [question for *_, question in batch])
-            for (number, record, _), answer in zip(batch, answers, strict=True):
-                records[number] = add_answer(record, answer, detector.model.config.model_type)
-            progress.update(len(batch))
-    return [records[number] for number in range(len(rows))]
+        for numbers, records, questions in batches:
+            for number, record, answer in zip(numbers, records, generate(detector, questions), strict=True):
+                done[number] = add_answer(record, answer, detector.model.config.model_type)
+            progress.update(len(numbers))
+    return [done[number] for number in range(len(rows))]
 
 
 def answer_with_same_box(records: Sequence[dict], box: Sequence[float], label: str) -> list[dict]:

@@ -43,7 +43,7 @@ RUN_AS_SCRIPT = 'if __name__ == "__main__":\n    main()\n'  # ends a module that
 
 LARGEST_NOTEBOOK = 3_000_000  # bytes; code hosts stop showing notebooks that are much larger
 WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar that only lives beside its kernel
-LASTING_METADATA = ("jupytext", "kernelspec", "tags")  # the rest is times, widgets, the machine
+LASTING_METADATA = ("jupytext", "kernelspec", "lines_to_next_cell", "tags")  # the rest: times, widgets, the machine
 
 CURSOR_UP = "\x1b[A"
 PIECES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x00-\x08\n-\x1f\x7f]+")  # other control characters are left out

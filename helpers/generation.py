@@ -3,7 +3,6 @@
 Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `make sync`.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,26 +25,17 @@ class Detector:
     batch_size: int | None = None  # None: what fits into the free memory
 
 
-def to_question(image: Image.Image, detector: Detector) -> dict[str, torch.Tensor]:
-    """The detector's question about one image as processor tensors, one row."""
+def to_questions(images: Sequence[Image.Image], detector: Detector) -> dict[str, torch.Tensor]:
+    """The detector's question about each image as one batch of processor tensors, padded on the left.
+
+    Questions of unequal length are padded to a multiple of 8.
+    """
     messages = to_conversation(detector.prompt)
     text = detector.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    question = dict(detector.processor(text=[text], images=[[image]], return_tensors="pt"))
-    return question | {"pixel_values": question["pixel_values"].to(detector.model.dtype)}
-
-
-def to_batch_of_questions(questions: Sequence[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Rows of `to_question` as one batch, padded on the left to a multiple of 8; equal lengths are not padded."""
-    lengths = [question["input_ids"].shape[1] for question in questions]
-    longest = lengths[0] if len(set(lengths)) == 1 else 8 * math.ceil(max(lengths) / 8)
-    batch = {}
-    for name in questions[0]:
-        rows = [question[name] for question in questions]
-        if name not in ("pixel_values", "image_grid_thw"):
-            value = pad_token_id if name == "input_ids" else 0
-            rows = [torch.nn.functional.pad(row, (longest - row.shape[1], 0), value=value) for row in rows]
-        batch[name] = torch.cat(rows)
-    return batch
+    padding = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    padding |= {"pad_to_multiple_of": 8} if len({image.size for image in images}) > 1 else {}
+    batch = dict(detector.processor(text=[text] * len(images), images=[[image] for image in images], **padding))
+    return batch | {"pixel_values": batch["pixel_values"].to(detector.model.dtype)}
 
 
 @dataclass(frozen=True)
@@ -74,27 +64,22 @@ class ProbabilityRecorder(LogitsProcessor):
         return scores
 
 
-@torch.inference_mode()
-def generate(detector: Detector, questions: Sequence[dict[str, torch.Tensor]]) -> list[Answer]:
-    """Greedy answers to questions of `to_question`, as one batch; special tokens included, padding removed.
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
-    A row that has ended is padded while the others go on; the batch ends with its last row.
-    """
-    model, tokenizer, recorder = detector.model, detector.processor.tokenizer, ProbabilityRecorder()
-    batch = to_batch_of_questions(questions, tokenizer.pad_token_id)
-    tokens = model.generate(
-        **{name: tensor.to(model.device) for name, tensor in batch.items()},
-        max_new_tokens=detector.max_new_tokens,
-        logits_processor=LogitsProcessorList([recorder]),
-        do_sample=False, temperature=None, top_p=None, top_k=None,
-    )  # fmt: skip
+
+@torch.inference_mode()
+def generate(detector: Detector, questions: dict[str, torch.Tensor]) -> list[Answer]:
+    """Greedy answers to the batch of `to_questions`, special tokens included, padding removed."""
+    recorder, batch = ProbabilityRecorder(), {k: v.to(detector.model.device) for k, v in questions.items()}
+    limits = {"max_new_tokens": detector.max_new_tokens, "logits_processor": LogitsProcessorList([recorder])}
+    tokens = detector.model.generate(**batch, **limits, **GREEDY)
     written = tokens[:, batch["input_ids"].shape[1] :].tolist()
     probabilities = torch.stack(recorder.steps, dim=1).tolist()
-    return [to_answer(*row, tokenizer) for row in zip(written, probabilities, strict=True)]
+    return [to_answer(*row, detector.processor.tokenizer) for row in zip(written, probabilities, strict=True)]
 
 
 def to_answer(tokens: Sequence[int], probabilities: Sequence[float], tokenizer) -> Answer:
     """One row of token ids and their probabilities as text; a letter of several tokens ends with the last of them."""
-    length = len(tokens) - next((n for n, token in enumerate(reversed(tokens)) if token != tokenizer.pad_token_id), 0)
+    length = max((n for n, token in enumerate(tokens, start=1) if token != tokenizer.pad_token_id), default=0)
     texts = [tokenizer.decode(tokens[:n], skip_special_tokens=False) for n in range(1, length + 1)]
     return Answer(texts[-1] if texts else "", [len(text) for text in texts], list(probabilities[:length]))

@@ -7,7 +7,6 @@ import ctypes
 import gc
 import os
 import sys
-from collections.abc import Sequence
 
 import pandas as pd
 import psutil
@@ -21,6 +20,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen2VLProcessor,
 )
+
+PACKAGES = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"]  # whose versions a result depends on
 
 
 def best_dtype() -> torch.dtype:
@@ -37,11 +38,11 @@ def load_processor(model_id: str, max_pixels: int) -> Qwen2VLProcessor:
     """
     processor = Qwen2VLProcessor.from_pretrained(model_id)
     image_processor, size = processor.image_processor, processor.image_processor.size
-    size["longest_edge"] = min(max_pixels, size["longest_edge"])
-    if size["longest_edge"] < size["shortest_edge"]:
+    size["longest_edge"] = max_pixels = min(max_pixels, size["longest_edge"])
+    if max_pixels < size["shortest_edge"]:
         raise ValueError(f"MAX_PIXELS={max_pixels} is under the processor's smallest image: {size['shortest_edge']}.")
     grid = image_processor(images=[Image.new("RGB", (4000, 3000))], return_tensors="pt")["image_grid_thw"]
-    if grid.prod() * image_processor.patch_size**2 > size["longest_edge"]:
+    if grid.prod() * image_processor.patch_size**2 > max_pixels:
         raise ValueError(f"The budget of {size['longest_edge']} pixels is not kept: try another transformers version.")
     return processor
 
@@ -62,31 +63,21 @@ def area_of(name: str) -> str:
 
 def summarize_trainables_by_area(model: torch.nn.Module) -> pd.DataFrame:
     """Parameters of each area, and how many of them are trained. Packed 4-bit weights count as they are stored."""
-    counts = {area: [0, 0] for area in [*AREAS, "other"]}
-    for name, parameter in model.named_parameters():
-        counts[area_of(name)][0] += parameter.numel()
-        counts[area_of(name)][1] += parameter.numel() * parameter.requires_grad
-    table = pd.DataFrame.from_dict(counts, orient="index", columns=["parameters", "trained"])
-    table.loc["total"] = table.sum()
-    return table
+    counts = [(area_of(name), p.numel(), p.numel() * p.requires_grad) for name, p in model.named_parameters()]
+    table = pd.DataFrame(counts, columns=["area", "parameters", "trained"]).groupby("area").sum()
+    table = table.reindex([*AREAS, "other"], fill_value=0)
+    return pd.concat([table, table.sum().to_frame("total").T])
 
 
 KEPT_MODULES = ("model.visual", "lm_head")  # not quantised
 
 
-def load_model(
-    model_id: str, quantized: bool, dtype: torch.dtype, kept_modules: Sequence[str] = KEPT_MODULES
-) -> PreTrainedModel:
+def load_model(model_id: str, quantized: bool, dtype: torch.dtype, kept_modules=KEPT_MODULES) -> PreTrainedModel:
     """Load Qwen2-VL, in NF4 but for `kept_modules` if `quantized`. Raises RuntimeError if it came out otherwise."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=list(kept_modules),  # the name is historic, it holds for 4 bits too
-    )
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    nf4 |= {"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": list(kept_modules)}  # a historic name
     arguments = {"dtype": dtype, "attn_implementation": "sdpa", "device_map": choose_device_map()}
-    arguments |= {"quantization_config": quantization} if quantized else {}
+    arguments |= {"quantization_config": BitsAndBytesConfig(**nf4)} if quantized else {}
     model = Qwen2VLForConditionalGeneration.from_pretrained(model_id, **arguments)
     check_quantization(model, quantized, kept_modules)
     return model
@@ -99,7 +90,7 @@ def choose_device_map() -> str | dict[str, int]:
     return {"": int(os.environ["LOCAL_RANK"])} if "LOCAL_RANK" in os.environ else "auto"
 
 
-def check_quantization(model: PreTrainedModel, quantized: bool, kept_modules: Sequence[str] = KEPT_MODULES) -> None:
+def check_quantization(model: PreTrainedModel, quantized: bool, kept_modules=KEPT_MODULES) -> None:
     """Raise RuntimeError unless 4-bit layers are everywhere but in `kept_modules`, or nowhere if not `quantized`."""
     linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     wanted = {name: quantized and not name.startswith(tuple(kept_modules)) for name in linear}

@@ -66,8 +66,7 @@ def read_label(words: str) -> str:
 
 def read_json_label(piece: str) -> str:
     """The value of `label` in one JSON object, whole or cut off; empty where there is none."""
-    match = JSON_LABEL_PATTERN.search(piece)
-    return match[1] if match else ""
+    return (JSON_LABEL_PATTERN.findall(piece) or [""])[0]
 
 
 def read_numbers(box: str) -> list[float]:

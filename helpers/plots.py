@@ -4,6 +4,7 @@ Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `m
 """
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 
@@ -18,30 +19,29 @@ from PIL import Image
 
 from helpers.generation import Answer
 from helpers.metrics import bootstrap_intervals, compare_records
-from helpers.recipes import TrainingRecipe
+from helpers.recipes import CATALOGUE, TrainingRecipe
 from helpers.runs import RunFolder
 
 BLUE = "#4575b4"
 ORANGE = "#f28e2b"
 LIGHT = "#e8eef6"
-
-
-def plot_road(rows: Sequence[Sequence[str]]) -> plt.Figure:
-    """Steps of a road from left to right, one row below the other; a step's first line is its name."""
-    figure, axes = plt.subplots(figsize=(13, 1.2 * len(rows)), layout="constrained")
-    style = {"boxstyle": "round,pad=0.6", "fc": LIGHT, "ec": BLUE}
-    for number, row in enumerate(rows):
-        for place, text in enumerate(row):
-            axes.text(place, -number, text, ha="center", va="center", fontsize=9, bbox=style)
-            if place:
-                axes.annotate("", (place - 0.36, -number), (place - 0.62, -number), arrowprops={"arrowstyle": "-|>"})
-    axes.set(xlim=(-0.5, max(map(len, rows)) - 0.5), ylim=(0.5 - len(rows), 0.5))
-    axes.axis("off")
-    return figure
-
-
 TRUTH_COLOUR = "#1a9850"
 PREDICTION_COLOUR = "#d73027"
+
+
+def plot_road(road: str, per_row: int = 5) -> plt.Figure:
+    """A text of steps, `NAME: what it hands on; NAME: ...`, drawn from left to right in rows."""
+    steps = [step.split(": ") for step in road.split("; ")]
+    figure, axes = plt.subplots(figsize=(13, 1.3 * math.ceil(len(steps) / per_row)), layout="constrained")
+    style = {"boxstyle": "round,pad=0.6", "fc": LIGHT, "ec": BLUE}
+    for number, (name, words) in enumerate(steps):
+        y, x = -(number // per_row), number % per_row
+        axes.text(x, y, f"{name}\n{textwrap.fill(words, 24)}", ha="center", va="center", fontsize=9, bbox=style)
+        if x:
+            axes.annotate("", (x - 0.38, y), (x - 0.62, y), arrowprops={"arrowstyle": "-|>"})
+    axes.set(xlim=(-0.5, per_row - 0.5), ylim=(y - 0.5, 0.5))
+    axes.axis("off")
+    return figure
 
 
 def draw_boxes(axes: plt.Axes, boxes: Iterable[Sequence[float]], colour: str, linestyle: str) -> None:
@@ -51,28 +51,24 @@ def draw_boxes(axes: plt.Axes, boxes: Iterable[Sequence[float]], colour: str, li
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=2, ls=linestyle))
 
 
-def plot_images(
-    images: Sequence[Image.Image],
-    truths: Sequence[Sequence[Sequence[float]]],
-    predictions: Sequence[Sequence[Sequence[float]]] | None = None,
-    titles: Sequence[str] | None = None,
-    columns: int = 4,
-) -> plt.Figure:
-    """A grid of images with true boxes (dashed) and, if given, predicted boxes (solid), all in pixels."""
+def plot_images(images: Sequence[Image.Image], truths, predictions=None, titles=None, columns: int = 4) -> plt.Figure:
+    """A grid of images, their true boxes (dashed), and if given predicted boxes (solid) and titles, one list each.
+
+    Boxes are `[x1, y1, x2, y2]` in pixels.
+    """
     lines = math.ceil(len(images) / columns)
     size = (3.4 * columns, 3.7 * lines)
     figure, grid = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    for axes in grid.flat:
-        axes.axis("off")
+    kinds = {"truth": (truths, TRUTH_COLOUR, "--"), "prediction": (predictions, PREDICTION_COLOUR, "-")}
+    kinds = {name: kind for name, kind in kinds.items() if kind[0] is not None}
     for number, (axes, image) in enumerate(zip(grid.flat, images, strict=False)):
         axes.imshow(image)
-        draw_boxes(axes, truths[number], TRUTH_COLOUR, "--")
-        if predictions is not None:
-            draw_boxes(axes, predictions[number], PREDICTION_COLOUR, "-")
         axes.set_title(titles[number] if titles is not None else "", fontsize=10)
-    handles = [Line2D([], [], color=TRUTH_COLOUR, ls="--", lw=2, label="truth")]
-    if predictions is not None:
-        handles.append(Line2D([], [], color=PREDICTION_COLOUR, ls="-", lw=2, label="prediction"))
+        for boxes, colour, linestyle in kinds.values():
+            draw_boxes(axes, boxes[number], colour, linestyle)
+    for axes in grid.flat:
+        axes.axis("off")
+    handles = [Line2D([], [], color=colour, ls=style, lw=2, label=name) for name, (_, colour, style) in kinds.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
 
@@ -92,10 +88,8 @@ def plot_prior(boxes: pd.DataFrame, median: Sequence[float]) -> plt.Figure:
     left.set(xlabel="area of the box / area of the image", ylabel="boxes", title="Size")
     for x1, y1, x2, y2 in boxes[["x1", "y1", "x2", "y2"]].head(300).to_numpy():
         right.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fc=BLUE, alpha=0.01))
-    x1, y1, x2, y2 = median
-    right.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=PREDICTION_COLOUR, lw=2, label="always this"))
-    right.set(xlabel="x / width", ylabel="y / height", title="Place", xlim=(0, 1), ylim=(1, 0))
-    right.legend(frameon=False)
+    draw_boxes(right, [median], PREDICTION_COLOUR, "-")
+    right.set(xlabel="x / width", ylabel="y / height", title="Place; red: always this", xlim=(0, 1), ylim=(1, 0))
     return figure
 
 
@@ -119,11 +113,10 @@ def plot_trained_tokens(batches: dict[str, dict[str, torch.Tensor]], tokenizer, 
         cells = list_token_cells(batch, tokenizer)
         for number, (text, trained) in enumerate(cells):
             x, y = number % per_line, -(number // per_line)
-            axes.add_patch(Rectangle((x + 0.03, y + 0.1), 0.94, 0.8, color=TRUTH_COLOUR if trained else "#eeeeee"))
-            colour = "white" if trained else "black"
-            axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=colour)
-        trained_cells = sum(trained for _, trained in cells)
-        axes.set_title(f"{variant}: {trained_cells} of {len(cells)} cells are trained", loc="left")
+            fill, ink = (TRUTH_COLOUR, "white") if trained else ("#eeeeee", "black")
+            axes.add_patch(Rectangle((x + 0.03, y + 0.1), 0.94, 0.8, color=fill))
+            axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=ink)
+        axes.set_title(f"{variant}: {sum(t for _, t in cells)} of {len(cells)} cells are trained", loc="left")
         axes.set(xlim=(0, per_line), ylim=(-((len(cells) - 1) // per_line), 1))
         axes.axis("off")
     return figure
@@ -133,8 +126,8 @@ def plot_lora() -> plt.Figure:
     """A linear layer as LoRA trains it: a frozen matrix of 4-bit weights beside two thin trained ones."""
     figure, axes = plt.subplots(figsize=(10, 2.8), layout="constrained")
     axes.add_patch(Rectangle((2, 1.3), 2, 2, fc=LIGHT, ec=BLUE, hatch="...."))
-    axes.add_patch(Rectangle((2, 0.2), 2, 0.4, fc=ORANGE, ec="black"))
-    axes.add_patch(Rectangle((5, -0.6), 0.4, 2, fc=ORANGE, ec="black"))
+    for corner, width, height in [((2, 0.2), 2, 0.4), ((5, -0.6), 0.4, 2)]:
+        axes.add_patch(Rectangle(corner, width, height, fc=ORANGE, ec="black"))
     texts = {(0.5, 1.4): "x", (3, 2.3): "W: out x in\nfrozen, 4 bits", (3, 0.4): "A: rank x in", (7.5, 1.4): "+",
              (6.2, -0.4): "B: out x rank", (9.6, 1.4): "y = W x + (alpha / rank) B A x"}  # fmt: skip
     for (x, y), text in texts.items():
@@ -151,20 +144,14 @@ def plot_lora() -> plt.Figure:
 def plot_recipes(recipes: dict[str, TrainingRecipe]) -> plt.Figure:
     """What each recipe trains, a line a stage: orange is trained whole, light orange is LoRA, grey is frozen."""
     stages = [(name, recipes[stage]) for name, recipe in recipes.items() for stage in recipe.stages or [name]]
-    colours = {"frozen": "#eeeeee", "lora": "#f9d3a8", "full": ORANGE}
-    words = {"frozen": "frozen", "lora": "frozen + LoRA", "full": "all weights trained"}
-    modes = [(step.train_vision, step.train_llm) for _, step in stages]
-    bits = [("16", "4" if step.quantized else "16") for _, step in stages]
+    looks = {"frozen": ("frozen", "#eeeeee"), "lora": ("frozen + LoRA", "#f9d3a8"), "full": ("all trained", ORANGE)}
+    cells = [[(s.train_vision, 16), (s.train_llm, 4 if s.quantized else 16)] for _, s in stages]
+    texts = [[f"{looks[mode][0]}, {bits} bits" for mode, bits in row] for row in cells]
+    colours = [[looks[mode][1] for mode, _ in row] for row in cells]
+    names = [name if name == step.name else f"{name}: {step.name[:2]}" for name, step in stages]
+    columns = ["vision tower", "language model"]
     figure, axes = plt.subplots(figsize=(8, 0.5 * len(stages) + 0.6), layout="constrained")
-    table = axes.table(
-        [[f"{words[m]}, {b} bits" for m, b in zip(*row, strict=True)] for row in zip(modes, bits, strict=True)],
-        cellColours=[[colours[mode] for mode in row] for row in modes],
-        rowLabels=[name if name == step.name else f"{name}: {step.name[:2]}" for name, step in stages],
-        colLabels=["vision tower", "language model"],
-        cellLoc="center",
-        loc="center",
-    )
-    table.scale(1, 2)
+    axes.table(texts, colours, rowLabels=names, colLabels=columns, cellLoc="center", loc="center").scale(1, 2)
     axes.axis("off")
     return figure
 
@@ -183,14 +170,7 @@ def plot_token_probabilities(answers: dict[str, Answer]) -> plt.Figure:
 
 
 # the same in every figure; runs with other names take the colours in turn
-MODEL_COLOURS = {
-    "same-box": "black",
-    "base": "grey",
-    "r1-llm-only": "C0",
-    "r2-vision-only": "C1",
-    "r3-two-stage": "C2",
-    "r4-joint": "C3",
-}
+MODEL_COLOURS = {"same-box": "black", "base": "grey"} | {name: f"C{n}" for n, name in enumerate(CATALOGUE)}
 
 
 def plot_training(runs: Iterable[RunFolder], same_box: float) -> plt.Figure:
@@ -198,8 +178,8 @@ def plot_training(runs: Iterable[RunFolder], same_box: float) -> plt.Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     for run in runs:
         style = {"label": run.path.name, "color": MODEL_COLOURS.get(run.path.name)}
-        left.plot(*run.read_log("loss"), **style)
-        right.plot(*run.read_log("eval_mean_iou"), marker="o", **style)
+        left.plot(run.read_log("loss"), **style)
+        right.plot(run.read_log("eval_mean_iou"), marker="o", **style)
     right.axhline(same_box, color="black", ls="--", lw=1, label="same box")
     left.set(xlabel="optimiser step", ylabel="loss per trained token (nats)", title="Training loss", ylim=(0, None))
     right.set(xlabel="optimiser step", ylabel="mean IoU", title="IoU on the validation split", ylim=(0, 1))
@@ -221,7 +201,6 @@ def plot_comparison(records_by_name: dict[str, Sequence[dict]]) -> plt.Figure:
     left.tick_params(axis="x", labelsize=7)
     right.set(xlabel="IoU", ylabel="share of images with at least this IoU", xlim=(0, 1), ylim=(0, 1.02))
     right.legend(frameon=False, fontsize=8)
-    right.grid(alpha=0.3)
     return figure
 
 

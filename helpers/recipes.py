@@ -4,7 +4,7 @@ Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `m
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
@@ -64,9 +64,7 @@ def describe_recipe_problem(recipe: TrainingRecipe) -> str | None:
 R1 = TrainingRecipe("r1-llm-only", "QLoRA on the language model", quantized=True, train_llm="lora")
 R2 = TrainingRecipe("r2-vision-only", "all weights of the vision tower", train_vision="full", learning_rate=1e-5)
 R3 = TrainingRecipe("r3-two-stage", "r2, then r1 from its weights", stages=("r2-vision-only", "r1-llm-only"))
-R4 = TrainingRecipe(
-    "r4-joint", "r1 and LoRA on the vision tower", quantized=True, train_llm="lora", train_vision="lora"
-)
+R4 = replace(R1, name="r4-joint", description="r1 and LoRA on the vision tower", train_vision="lora")
 CATALOGUE = {recipe.name: recipe for recipe in (R1, R2, R3, R4)}
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from helpers.metrics import bootstrap_intervals, summarize
 
 
@@ -26,15 +28,10 @@ class RunFolder:
         """`recipe.json`: the recipe's fields, what it started from, settings, prompt and versions."""
         return json.loads((self.path / "recipe.json").read_text())
 
-    def write_recipe(self, provenance: dict) -> None:
-        """Write `recipe.json`, which says that the training has ended."""
-        write_text(self.path / "recipe.json", json.dumps(provenance, indent=2) + "\n")
-
-    def read_log(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one logged number, from `trainer_state.json`."""
-        history = json.loads((self.path / "trainer_state.json").read_text())["log_history"]
-        entries = [entry for entry in history if key in entry]
-        return [entry["step"] for entry in entries], [entry[key] for entry in entries]
+    def read_log(self, key: str) -> pd.Series:
+        """One logged number by optimiser step, from `trainer_state.json`."""
+        log = json.loads((self.path / "trainer_state.json").read_text())["log_history"]
+        return pd.Series({entry["step"]: entry[key] for entry in log if key in entry}, dtype=float)
 
     def read_records(self) -> list[dict]:
         """The lines of `predictions.jsonl`."""
@@ -45,8 +42,13 @@ class RunFolder:
         metrics = summarize(records) | {"iou_threshold": 0.5, "intervals": bootstrap_intervals(records)}
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "predictions.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-        write_text(self.path / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        write_json(self.path / "metrics.json", metrics)
         return metrics
+
+
+def write_json(file: Path, value: dict) -> None:
+    """Write JSON for people to read."""
+    write_text(file, json.dumps(value, indent=2) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:
@@ -58,11 +60,10 @@ def write_text(file: Path, text: str) -> None:
 
 def save_comparison(output_dir: Path) -> dict[str, dict[str, float | None]]:
     """Gather the metrics of every `metrics.json` below `output_dir` in its `comparison.json`; untrained ones first."""
-    files = sorted(output_dir.glob("*/metrics.json"))
-    files.sort(key=lambda file: RunFolder(file.parent).is_trained)
-    comparison = {
-        file.parent.name: {k: v for k, v in json.loads(file.read_text()).items() if not isinstance(v, dict)}
-        for file in files
-    }
-    write_text(output_dir / "comparison.json", json.dumps(comparison, indent=2) + "\n")
+    runs = [file.parent for file in sorted(output_dir.glob("*/metrics.json"))]
+    runs.sort(key=lambda path: RunFolder(path).is_trained)
+    comparison = {path.name: json.loads((path / "metrics.json").read_text()) for path in runs}
+    for metrics in comparison.values():
+        del metrics["intervals"]
+    write_json(output_dir / "comparison.json", comparison)
     return comparison

@@ -5,6 +5,7 @@ Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `m
 
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
@@ -27,10 +28,10 @@ from helpers.conversation import QUESTION, SYSTEM_MESSAGE
 from helpers.data import Splits, to_training_dataset
 from helpers.detection import evaluate_detector, pixel_budget
 from helpers.generation import Detector
-from helpers.loading import area_of, best_dtype, load_model, load_processor, release_memory
+from helpers.loading import PACKAGES, area_of, best_dtype, load_model, load_processor, release_memory
 from helpers.metrics import summarize
-from helpers.recipes import TrainingRecipe, apply_freeze_policy, build_lora_config_for_recipe, get_recipes
-from helpers.runs import RunFolder
+from helpers.recipes import CATALOGUE, TrainingRecipe, apply_freeze_policy, build_lora_config_for_recipe
+from helpers.runs import RunFolder, write_json
 
 
 def create_detector(model: PreTrainedModel, settings: SimpleNamespace) -> Detector:
@@ -39,46 +40,39 @@ def create_detector(model: PreTrainedModel, settings: SimpleNamespace) -> Detect
     return Detector(model, processor, QUESTION, settings.max_new_tokens, settings.eval_batch_size)
 
 
-def create_training_config(recipe: TrainingRecipe, settings: SimpleNamespace) -> SFTConfig:
-    """TRL's settings for a run, which writes into OUTPUT_DIR/<recipe's name>.
+OPTIMISATION = {"optim": "adamw_torch_fused", "lr_scheduler_type": "cosine", "warmup_steps": 0.03}  # 0.03 of all steps
+EXAMPLES = {"max_length": None, "remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+EVALUATIONS = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 0.25, "prediction_loss_only": True}
+CHECKPOINTS = {"save_strategy": "steps", "save_steps": 0.25, "save_total_limit": 1}  # the last, besides the best
+SELECTION = {"load_best_model_at_end": True, "metric_for_best_model": "selection", "greater_is_better": True}
 
-    Precision and the number of data loader workers follow from the hardware.
-    """
+
+def create_training_config(recipe: TrainingRecipe, settings: SimpleNamespace) -> SFTConfig:
+    """TRL's settings for a run, which writes into OUTPUT_DIR/<recipe's name>; precision follows from the hardware."""
     on_gpu, dtype = torch.cuda.is_available(), best_dtype()
     config = SFTConfig(
         output_dir=str(Path(settings.output_dir) / recipe.name),
         run_name=recipe.name,
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.03,  # under 1: a share of all steps
         num_train_epochs=settings.num_epochs,
         max_steps=settings.max_steps,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         gradient_checkpointing=settings.gradient_checkpointing,
-        optim="adamw_torch_fused",
         use_cpu=not on_gpu,  # else torchrun would not connect its processes on a CPU
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        max_length=None,
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        dataloader_num_workers=min(8, (os.cpu_count() or 1) // 2) if on_gpu else 0,
-        logging_steps=5,
-        eval_strategy="steps",
-        eval_steps=0.25,  # under 1: a share of all steps
-        eval_on_start=True,
-        prediction_loss_only=True,
-        save_strategy="steps",
-        save_steps=0.25,
-        save_total_limit=1,  # the last one, besides the best one
-        load_best_model_at_end=True,
-        metric_for_best_model="selection",  # see DetectionTrainer
-        greater_is_better=True,
+        dataloader_num_workers=min(8, os.cpu_count() // 2) if on_gpu else 0,
         seed=settings.seed,
         report_to=settings.report_to,
+        logging_steps=5,
         disable_tqdm=True,  # TrainingProgress takes its place
+        **OPTIMISATION,
+        **EXAMPLES,
+        **EVALUATIONS,
+        **CHECKPOINTS,
+        **SELECTION,
     )
     if config.n_gpu > 1:  # reading it sets it
         config._n_gpu = 1
@@ -114,14 +108,16 @@ class DetectionTrainer(SFTTrainer):
         return metrics | {"eval_mean_iou": mean_iou, "eval_selection": mean_iou - 1e-6 * metrics["eval_loss"]}
 
     def training_step(self, *arguments, **options) -> torch.Tensor:
-        """A step as usual; logs gradient norms by area. Raises RuntimeError where an area gets no gradient."""
+        """A step as usual; logs gradient norms by area. Raises RuntimeError where an area gets none, or one of NaN."""
         loss = super().training_step(*arguments, **options)
         if self.accelerator.sync_gradients and self.state.global_step % self.args.logging_steps == 0:
-            scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0  # float16 only
+            scaler = self.accelerator.scaler  # in float16 only; it skips steps whose gradients overflow
+            scale = scaler.get_scale() if scaler else 1.0
             norms = {area: norm / scale for area, norm in gradient_norms(self.model).items()}
             self.log({f"grad_norm_{area}": norm for area, norm in norms.items()})
-            if 0.0 in norms.values():
-                raise RuntimeError(f"Trained, but without any gradient: {norms}. Check freezing and LoRA targets.")
+            if 0.0 in norms.values() or not (scaler or math.isfinite(sum(norms.values()))):
+                remedy = "0: check freezing and LoRA targets; nan or inf: check the loss, precision and padding"
+                raise RuntimeError(f"Trained, but without a usable gradient: {norms}. {remedy}.")
         return loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -142,28 +138,24 @@ class DetectionTrainer(SFTTrainer):
 
 def gradient_norms(model: torch.nn.Module) -> dict[str, float]:
     """L2 norm of the gradient of all trained parameters, by area."""
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            gradients.setdefault(area_of(name), []).append(parameter.grad)
-    return {area: torch.nn.utils.get_total_norm(tensors).item() for area, tensors in gradients.items()}
+    gradients = [(area_of(name), p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    by_area = {area: [gradient for other, gradient in gradients if other == area] for area, _ in gradients}
+    return {area: torch.nn.utils.get_total_norm(tensors).item() for area, tensors in by_area.items()}
 
 
-class TrainingProgress(TrainerCallback):
-    """A bar with the latest loss that reads the same in notebooks, terminals and log files."""
+class TrainingProgress(ProgressCallback):
+    """One bar with the latest loss, the same in notebooks, terminals and log files."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", mininterval=5)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update()
+        self.current_step = state.global_step
+        self.training_bar = tqdm(total=state.max_steps, initial=self.current_step, unit="step", mininterval=5)
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+    def on_prediction_step(self, *arguments, **options):
+        """No bar for the validation loss."""
 
 
 def build_trainer(
@@ -193,40 +185,33 @@ def build_trainer(
 
 
 def run_recipe(
-    recipe: TrainingRecipe, settings: SimpleNamespace, splits: Splits, checkpoint: Path | None = None
+    recipe: TrainingRecipe, settings: SimpleNamespace, splits: Splits, start: Path | None = None
 ) -> RunFolder:
-    """Train a recipe, in one stage or several, into OUTPUT_DIR/<its name>.
+    """Train a recipe into OUTPUT_DIR/<its name>, from the base or from the full checkpoint in the folder `start`.
 
-    Of a recipe in two stages the first one goes into the folder's `stage1`, unless `checkpoint`, a folder with a full
-    checkpoint, takes its place.
+    Of a recipe in two stages the first one goes into the folder's `stage1`; `start` takes its place.
     """
-    recipe = replace(recipe, learning_rate=settings.learning_rates.get(recipe.name, recipe.learning_rate))
-    if not recipe.stages:
-        return train(recipe, settings, splits, str(checkpoint or settings.model_id))
-    names = (f"{recipe.name}/stage1", recipe.name)
-    first, second = (
-        replace(stage, name=name, learning_rate=settings.learning_rates.get(stage.name, stage.learning_rate))
-        for stage, name in zip(get_recipes(recipe.stages), names, strict=True)
-    )
-    stage1, stage2 = (RunFolder(Path(settings.output_dir) / name) for name in names)
-    if checkpoint is None and not (stage1.is_trained and find_checkpoint(stage2.path)):
-        train(first, settings, splits, settings.model_id)
-        release_memory()
-    return train(second, settings, splits, str(checkpoint or stage1.path))
+    stages = [CATALOGUE[name] for name in recipe.stages] or [recipe]
+    rates = [settings.learning_rates.get(stage.name, stage.learning_rate) for stage in stages]
+    stages = [replace(stage, learning_rate=rate) for stage, rate in zip(stages, rates, strict=True)]
+    if recipe.stages and start is None:
+        stage1 = RunFolder(Path(settings.output_dir) / recipe.name / "stage1")
+        if not (stage1.is_trained and find_checkpoint(stage1.path.parent)):
+            train(replace(stages[0], name=f"{recipe.name}/stage1"), settings, splits, settings.model_id)
+            release_memory()
+        start = stage1.path
+    return train(replace(stages[-1], name=recipe.name), settings, splits, str(start or settings.model_id))
 
 
 def train(recipe: TrainingRecipe, settings: SimpleNamespace, splits: Splits, start: str) -> RunFolder:
     """Train a recipe without stages from the weights in `start`; an interrupted run goes on from its checkpoint."""
     run = RunFolder(Path(settings.output_dir) / recipe.name)
-    model = load_model(start, recipe.quantized, best_dtype())
-    trainer = build_trainer(create_detector(model, settings), recipe, settings, splits)
-    interrupted = find_checkpoint(run.path)
-    if interrupted:
+    detector = create_detector(load_model(start, recipe.quantized, best_dtype()), settings)
+    trainer = build_trainer(detector, recipe, settings, splits)
+    if interrupted := find_checkpoint(run.path):
         print(f"going on from {interrupted} (delete it to start again)")
     trainer.train(resume_from_checkpoint=interrupted)
-    save_trained(
-        trainer, run, asdict(recipe) | {"started_from": start} | describe_settings(trainer.detector, settings)
-    )
+    save_trained(trainer, run, asdict(recipe) | {"started_from": start} | describe_settings(detector, settings))
     trainer.accelerator.free_memory()
     return run
 
@@ -238,14 +223,10 @@ def find_checkpoint(folder: Path) -> str | None:
 
 def describe_settings(detector: Detector, settings: SimpleNamespace) -> dict:
     """What besides the recipe makes a result: settings, prompt, pixel budget, versions."""
-    packages = ["torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"]
-    return {
-        "settings": json.loads(json.dumps(vars(settings), default=str)),
-        "system_message": SYSTEM_MESSAGE,
-        "prompt": detector.prompt,
-        "pixel_budget": pixel_budget(detector.processor),
-        "versions": {package: importlib.metadata.version(package) for package in packages},
-    }
+    asked = {"system_message": SYSTEM_MESSAGE, "prompt": detector.prompt}
+    versions = {package: importlib.metadata.version(package) for package in [*PACKAGES, "accelerate"]}
+    given = json.loads(json.dumps(vars(settings), default=str))
+    return asked | {"pixel_budget": pixel_budget(detector.processor), "settings": given, "versions": versions}
 
 
 def save_trained(trainer: DetectionTrainer, run: RunFolder, provenance: dict) -> None:
@@ -257,24 +238,20 @@ def save_trained(trainer: DetectionTrainer, run: RunFolder, provenance: dict) ->
     if trainer.is_world_process_zero():
         trainer.model.save_pretrained(run.path)
         trainer.processing_class.save_pretrained(run.path)
-        run.write_recipe(provenance | {"steps": trainer.state.global_step})
+        write_json(run.path / "recipe.json", provenance | {"steps": trainer.state.global_step})
         for leftover in run.path.glob("checkpoint-*"):
             shutil.rmtree(leftover)
     trainer.accelerator.wait_for_everyone()  # the next stage reads what the first process wrote
 
 
 def load_trained_model(folder: Path, quantized: bool | None = None) -> PreTrainedModel:
-    """A full checkpoint, or an adapter on its base, whose precision `quantized` can override.
-
-    An adapter computes in the precision of its base, as it did in training; its weights come in float32, which would
-    be slower on a GPU.
-    """
+    """A full checkpoint, or an adapter on its base, in the precision of its training, which `quantized` overrides."""
     quantized = RunFolder(folder).read_recipe()["quantized"] if quantized is None else quantized
     if not (folder / "adapter_config.json").exists():
         return load_model(str(folder), quantized, best_dtype()).eval()
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     adapted = PeftModel.from_pretrained(load_model(base, quantized, best_dtype()), str(folder))
-    return adapted.to(best_dtype()).eval()
+    return adapted.to(best_dtype()).eval()  # its weights come in float32
 
 
 def evaluate_run(run: RunFolder, settings: SimpleNamespace, rows: Dataset) -> dict:

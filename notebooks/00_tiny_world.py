@@ -59,7 +59,7 @@ from helpers.boxes import from_grid
 from helpers.collators import VISION_TOKENS
 from helpers.conversation import PLAIN_PROMPT, PROMPT, to_conversation
 from helpers.data import describe_boxes, load_rows
-from helpers.generation import Detector, generate, to_question
+from helpers.generation import Detector, generate, to_questions
 from helpers.loading import best_dtype, load_model, load_processor
 from helpers.metrics import match_boxes
 from helpers.parsing import parse_answer
@@ -183,8 +183,8 @@ def ask(label: str, chosen: Sequence[int]) -> list[list[list[float]]]:
     detector = Detector(model, processor, PROMPT.format(label=label.replace("-", " ")), max_new_tokens=96)
     answers = []
     for start in range(0, len(chosen), 32):
-        questions = [to_question(images[number], detector) for number in chosen[start : start + 32]]
-        answers += generate(detector, questions)
+        batch = [images[number] for number in chosen[start : start + 32]]
+        answers += generate(detector, to_questions(batch, detector))
     found = [[box for _, box in parse_answer(answer.text).objects] for answer in answers]
     return [[from_grid(box, *images[n].size) for box in b] for n, b in zip(chosen, found, strict=True)]
 

@@ -61,16 +61,17 @@ import transformers
 from huggingface_hub import get_safetensors_metadata
 from PIL import Image
 from safetensors import safe_open
-from transformers import PreTrainedModel, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLConfig
 
 from helpers.boxes import from_grid
 from helpers.collators import AssistantOnlyCollator
 from helpers.conversation import PROMPT, to_conversation
 from helpers.data import load_rows, read_row
-from helpers.generation import Detector, generate, to_question
+from helpers.generation import Detector, generate, to_questions
 from helpers.loading import area_of, best_dtype, build_empty_model, load_model, load_processor
 from helpers.parsing import parse_answer
 from helpers.plots import BLUE, LIGHT, ORANGE, PREDICTION_COLOUR, draw_boxes, to_jpeg
+from helpers.quantization import build_published_model
 from helpers.recipes import LLM_LAYERS, VISION_LAYERS
 
 transformers.utils.logging.disable_progress_bar()
@@ -176,17 +177,6 @@ def list_parameters(model: torch.nn.Module) -> pd.DataFrame:
     return table.assign(share=table.parameters / table.parameters.sum())
 
 
-def build_qwen2_vl_7b() -> PreTrainedModel:
-    """Qwen2-VL-7B without weights, on the meta device, from the values of its published configuration."""
-    text = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
-    text |= {"intermediate_size": 18944, "vocab_size": 152064}
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
-    vision = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 3584, "mlp_ratio": 4}
-    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
-    with torch.device("meta"):
-        return Qwen2VLForConditionalGeneration(config)
-
-
 # %%
 style = {"parameters": "{:,}", "share": "{:.2%}"}
 list_parameters(model).style.format(style)
@@ -199,7 +189,7 @@ list_parameters(model).style.format(style)
 # The same table for Qwen2-VL-7B, whose configuration is public, needs no download either. Its paths are the same.
 
 # %%
-large = build_qwen2_vl_7b()
+large = build_published_model("7B")
 list_parameters(large).style.format(style)
 
 # %% [markdown]
@@ -374,7 +364,7 @@ processor = load_processor(MODEL_ID, MAX_PIXELS)
 detector = Detector(model, processor, PROMPT.format(label=LABEL), max_new_tokens=64)
 rows = load_rows(DATASET_ID, EVAL_SPLIT, None, SEED)
 image = read_row(rows[IMAGE % len(rows)])[0]
-question = to_question(image, detector)
+question = to_questions([image], detector)
 patch = processor.image_processor.patch_size
 merge = processor.image_processor.merge_size
 lines, columns = (question["image_grid_thw"][0, 1:] // merge).tolist()  # of tokens
@@ -424,7 +414,7 @@ def to_map(features: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def look(image: Image.Image) -> dict[str, torch.Tensor]:
     """Maps of features at five depths of the vision tower."""
-    question = to_question(image, detector)
+    question = to_questions([image], detector)
     visual, grid = model.model.visual, question["image_grid_thw"]
     pixels = question["pixel_values"].to(model.device)
     output = visual(pixels, grid_thw=grid.to(model.device), output_hidden_states=True)
@@ -470,7 +460,7 @@ to_jpeg(figure)
 # The model is asked for one kind of object, and answers:
 
 # %%
-answer = generate(detector, [question])[0]
+answer = generate(detector, question)[0]
 print(detector.prompt, answer.text, sep="\n")
 found = [from_grid(box, *image.size) for _, box in parse_answer(answer.text).objects]
 
@@ -636,7 +626,7 @@ try:
     model(**{name: tensor.to(model.device) for name, tensor in incomplete.items()})
 except ValueError as error:
     print("forward:", str(error)[:118], "…")
-print("generate:", generate(detector, [incomplete])[0].text)
+print("generate:", generate(detector, incomplete)[0].text)
 print("complete:", answer.text)
 
 
@@ -671,7 +661,7 @@ def shuffle(tokens: torch.Tensor) -> torch.Tensor:
 
 def first_box(question: dict[str, torch.Tensor]) -> tuple[list[int] | None, float]:
     """The first box of the answer, on the model's grid, and its score; None and 0 without one."""
-    answer = generate(detector, [question])[0]
+    answer = generate(detector, question)[0]
     parsed = parse_answer(answer.text)
     return (parsed.objects[0][1], answer.score(*parsed.spans[0])) if parsed.objects else (None, 0.0)
 
@@ -688,7 +678,7 @@ def ask_in_four_ways(question: dict[str, torch.Tensor]) -> dict[str, list[int] |
 
 
 # %%
-questions = [to_question(read_row(rows[number])[0], detector) for number in range(min(SAMPLES, len(rows)))]
+questions = [to_questions([read_row(row)[0]], detector) for row in rows.select(range(min(SAMPLES, len(rows))))]
 sure = [question for question in questions if first_box(question)[1] > 0.6]
 asked = [ask_in_four_ways(question) for question in sure]
 answered = [boxes for boxes in asked if all(boxes.values())]

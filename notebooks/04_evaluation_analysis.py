@@ -74,7 +74,7 @@ from helpers import evaluation
 from helpers.conversation import PROMPT
 from helpers.data import load_rows, read_row
 from helpers.detection import add_answer
-from helpers.generation import Answer, Detector, generate, to_question
+from helpers.generation import Answer, Detector, generate, to_questions
 from helpers.loading import best_dtype, load_model, release_memory
 from helpers.metrics import (
     assign_boxes,
@@ -529,7 +529,7 @@ numbers = {image_id: number for number, image_id in enumerate(eval_rows["image_i
 def ask(detector: Detector, images: Sequence[Image.Image], at_once: int = 16) -> list[Answer]:
     """The detector's answers about images of any number."""
     batches = [images[start : start + at_once] for start in range(0, len(images), at_once)]
-    return [answer for batch in batches for answer in generate(detector, [to_question(i, detector) for i in batch])]
+    return [answer for batch in batches for answer in generate(detector, to_questions(batch, detector))]
 
 
 on_file = records_by_name[best][:PROBED]

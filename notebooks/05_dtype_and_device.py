@@ -82,7 +82,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Trainer
 from helpers.collators import AssistantOnlyCollator
 from helpers.conversation import PROMPT, QUESTION
 from helpers.data import load_rows, read_row, to_training_dataset
-from helpers.generation import Detector, generate, to_question
+from helpers.generation import Detector, generate, to_questions
 from helpers.loading import area_of, load_model, load_processor, release_memory
 from helpers.plots import BLUE, LIGHT, ORANGE
 from helpers.recipes import R1, apply_freeze_policy, build_lora_config_for_recipe
@@ -571,7 +571,7 @@ def ask(model: torch.nn.Module, label: str, autocast: bool = False) -> list[str]
     context = torch.autocast(model.device.type, torch.bfloat16) if autocast else nullcontext()
     for first in range(0, len(images), 8):
         with context:
-            answers = generate(detector, [to_question(image, detector) for image in images[first : first + 8]])
+            answers = generate(detector, to_questions(images[first : first + 8], detector))
         texts += [answer.text for answer in answers]
     return texts
 

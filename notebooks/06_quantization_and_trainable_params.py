@@ -783,11 +783,11 @@ def plot_gradient_norms(runs: Sequence[RunFolder], towers: dict[str, str]) -> pl
     for axes, (area, title) in zip(grid, towers.items(), strict=True):
         for run in runs:
             for stage, style in ((run, "-"), (RunFolder(run.path / "stage1"), ":")):
-                steps, norms = stage.read_log(f"grad_norm_{area}") if stage.is_trained else ([], [])
-                if steps:
+                norms = stage.read_log(f"grad_norm_{area}") if stage.is_trained else ()
+                if len(norms):
                     label = run.path.name + ("" if stage is run else ", first stage")
-                    marker = "o" if len(steps) == 1 else None
-                    axes.semilogy(steps, norms, style, marker=marker, label=label, color=MODEL_COLOURS[run.path.name])
+                    marker = "o" if len(norms) == 1 else None
+                    axes.semilogy(norms, style, marker=marker, label=label, color=MODEL_COLOURS[run.path.name])
         axes.axhline(1, color="black", lw=1, ls="--")
         axes.set(xlabel="optimiser step", title=title)
         axes.legend(frameon=False, fontsize=8)

@@ -6,7 +6,6 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from helpers.architecture import (
-    build_qwen2_vl_7b,
     describe_tree,
     find_modules_by_pattern,
     list_linear_modules,
@@ -14,6 +13,7 @@ from helpers.architecture import (
     without_layer_number,
 )
 from helpers.loading import build_empty_model
+from helpers.quantization import build_published_model
 from helpers.recipes import LLM_LAYERS, VISION_LAYERS
 
 
@@ -24,7 +24,7 @@ def model(base):
 
 @pytest.fixture(scope="module")
 def large():
-    return build_qwen2_vl_7b()
+    return build_published_model("7B")
 
 
 def test_layer_numbers_are_left_out_and_other_numbers_kept():

@@ -66,7 +66,7 @@ def test_round_trip_within_half_a_cell_of_the_family(family, size):
 
 @pytest.mark.parametrize("convert", [to_model_coordinates, from_model_coordinates])
 def test_unknown_family_is_refused(convert):
-    with pytest.raises(ValueError, match=r"'idefics3' models .* use a model whose config\.model_type is one of"):
+    with pytest.raises(ValueError, match=r"'idefics3' models .* use a model whose model_type is one of"):
         convert([0, 0, 1, 1], 10, 10, "idefics3")
 
 

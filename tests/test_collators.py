@@ -32,6 +32,16 @@ def test_trained_tokens_are_the_answer_and_its_end(processor):
     ]
 
 
+def test_padding_is_on_the_right_whatever_the_processor_says(base):
+    processor = Qwen2VLProcessor.from_pretrained(base, padding_side="left")  # as Qwen2-VL's own
+    assert processor.tokenizer.padding_side == "left"
+    examples = [example((224, 224), [1, 2, 3, 4]), example((224, 224), [1, 2, 3, 4], [500, 500, 600, 600])]
+    mask = AssistantOnlyCollator(processor)(examples)["attention_mask"]
+    assert not mask.all()
+    assert mask[:, 0].all()  # on the left a padding token would have nothing to look at: NaN in some GPU kernels
+    assert (mask[:, 1:] <= mask[:, :-1]).all()
+
+
 def test_padding_and_images_are_not_trained(processor):
     examples = [example((224, 224), [1, 2, 3, 4]), example((448, 252), [1, 2, 3, 4], [500, 500, 600, 600])]
     batch = AssistantOnlyCollator(processor)(examples)

@@ -75,7 +75,7 @@ def test_missing_objects(tmp_path):
 
 def test_missing_split(tmp_path):
     dataset = save(rows_of((IMAGE, [BOX])), tmp_path / "d")
-    with pytest.raises(ValueError, match=r"no split 'val': set TRAIN_SPLIT / EVAL_SPLIT to one of \['train'\]"):
+    with pytest.raises(ValueError, match=r"no split 'val', only \['train'\]: set TRAIN_SPLIT / EVAL_SPLIT"):
         load_rows(dataset, "val", None, 0)
 
 

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from helpers import training
 from helpers.data import load_splits
 from helpers.deployment import save_merged, write_model_card
-from helpers.generation import generate, to_batch_of_questions, to_question
+from helpers.generation import generate, to_questions
 from helpers.loading import load_model, load_processor
 from helpers.metrics import summarize
 from helpers.recipes import CATALOGUE
@@ -43,23 +43,22 @@ def test_an_adapter_computes_in_the_precision_of_its_base(trained, settings, mon
     detector = replace(create_detector(load_trained_model(trained), settings), max_new_tokens=4)
     kinds = {parameter.dtype for name, parameter in detector.model.named_parameters() if "lora_" in name}
     assert kinds == {torch.bfloat16}
-    answer = generate(detector, [to_question(draw_package(0)[0], detector)])[0]
+    answer = generate(detector, to_questions([draw_package(0)[0]], detector))[0]
     assert len(answer.probabilities) == 4
 
 
 @pytest.mark.slow
 def test_merged_model_is_the_model_with_its_adapter(base, trained, settings, tmp_path):
     adapted = create_detector(load_trained_model(trained, quantized=False), settings)
-    questions = [to_question(draw_package(seed)[0], adapted) for seed in range(4)]
-    batch = to_batch_of_questions(questions, adapted.processor.tokenizer.pad_token_id)
+    questions = to_questions([draw_package(seed)[0] for seed in range(4)], adapted)
     with torch.no_grad():
-        wanted = adapted.model(**batch).logits
+        wanted = adapted.model(**questions).logits
     save_merged(adapted.model, tmp_path, adapted.processor)
     merged = replace(adapted, model=load_model(str(tmp_path), quantized=False, dtype=torch.float32).eval())
     with torch.no_grad():
-        torch.testing.assert_close(merged.model(**batch).logits, wanted, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(merged.model(**questions).logits, wanted, atol=1e-3, rtol=1e-3)
         plain = load_model(str(base), quantized=False, dtype=torch.float32).eval()
-        assert (plain(**batch).logits - wanted).abs().max() > 0.1  # the adapter did change something
+        assert (plain(**questions).logits - wanted).abs().max() > 0.1  # the adapter did change something
     assert not (tmp_path / "adapter_config.json").exists()
     own = replace(merged, processor=load_processor(str(tmp_path), 10**9))
     assert [a.text for a in generate(own, questions)] == [a.text for a in generate(merged, questions)]

@@ -118,10 +118,10 @@ def answer_at_most(size, asked):
     """A stand-in for `generate` that runs out of memory above a number of questions."""
 
     def generate(detector, questions):
-        asked.append(len(questions))
-        if len(questions) > size:
+        asked.append(len(questions["input_ids"]))
+        if asked[-1] > size:
             raise torch.cuda.OutOfMemoryError
-        return [Answer("barcode(100,200),(300,400)")] * len(questions)
+        return [Answer("barcode(100,200),(300,400)")] * asked[-1]
 
     return generate
 
@@ -149,8 +149,8 @@ def test_images_of_like_size_share_a_batch(detector, rows, monkeypatch):
     sizes = []
 
     def generate(detector, questions):
-        sizes.append([question["pixel_values"].shape[0] for question in questions])
-        return [Answer("")] * len(questions)
+        sizes.append(questions["image_grid_thw"].prod(dim=1).tolist())
+        return [Answer("")] * len(questions["image_grid_thw"])
 
     monkeypatch.setattr(detection, "generate", generate)
     evaluate_detector(detector, rows, show_progress=False)

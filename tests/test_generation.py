@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from helpers.conversation import PROMPT
-from helpers.generation import Answer, Detector, generate, to_answer, to_batch_of_questions, to_question
+from helpers.generation import Answer, Detector, generate, to_answer, to_questions
 from helpers.loading import load_model, load_processor
 from helpers.tiny.packages import draw_package
 
@@ -20,7 +20,7 @@ def detector(base):
 
 
 def ask(detector, *images):
-    return generate(detector, [to_question(image, detector) for image in images])
+    return generate(detector, to_questions(images, detector))
 
 
 def test_batched_answers_equal_those_given_one_by_one(detector):
@@ -32,10 +32,10 @@ def test_batched_answers_equal_those_given_one_by_one(detector):
 
 
 def test_questions_are_padded_on_the_left_and_only_where_lengths_differ(detector):
-    small, large = (to_question(Image.new("RGB", size), detector) for size in [(56, 56), (112, 84)])
+    images = [Image.new("RGB", size) for size in [(56, 56), (112, 84)]]
+    small, mixed = to_questions(images[:1], detector), to_questions(images, detector)
     padding_token = detector.processor.tokenizer.pad_token_id
     length = small["input_ids"].shape[1]
-    mixed = to_batch_of_questions([small, large], padding_token)
     assert mixed["input_ids"].shape[1] % 8 == 0
     padding = mixed["input_ids"].shape[1] - length
     assert padding >= 8  # 4 and 12 tokens of images
@@ -44,13 +44,13 @@ def test_questions_are_padded_on_the_left_and_only_where_lengths_differ(detector
     assert mixed["input_ids"][0].tolist() == [padding_token] * padding + small["input_ids"][0].tolist()
     assert mixed["pixel_values"].shape[0] == (4 + 12) * 4
     assert mixed["image_grid_thw"].tolist() == [[1, 4, 4], [1, 6, 8]]
-    equal = to_batch_of_questions([small, small], padding_token)
+    equal = to_questions([images[0]] * 2, detector)
     assert equal["input_ids"].shape == (2, length)
     assert equal["attention_mask"].all()
 
 
 def test_question_is_the_detectors_prompt_in_the_models_precision(detector):
-    question = to_question(Image.new("RGB", (56, 56)), replace(detector, prompt="Where is it?"))
+    question = to_questions([Image.new("RGB", (56, 56))], replace(detector, prompt="Where is it?"))
     text = detector.processor.tokenizer.decode(question["input_ids"][0])
     assert text.endswith("<|vision_end|>Where is it?<|im_end|>\n<|im_start|>assistant\n")
     assert text.startswith("<|im_start|>system\nYou are a vision language model")
@@ -74,7 +74,7 @@ def test_probabilities_are_the_models_own(detector):
     assert batch[1].probabilities == pytest.approx(alone.probabilities, abs=1e-4)
     # the same probabilities from one forward pass over question and answer
     tokens = detector.processor.tokenizer.encode(alone.text)
-    question = to_question(images[1], detector)
+    question = to_questions([images[1]], detector)
     question["input_ids"] = torch.cat([question["input_ids"], torch.tensor([tokens])], dim=1)
     for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
         question[name] = torch.cat([question[name], torch.full((1, len(tokens)), value)], dim=1)

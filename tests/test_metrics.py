@@ -199,8 +199,7 @@ def test_interval_is_the_middle_of_the_draws():
     assert percentile_interval(np.arange(1001.0)) == (25, 975)
     assert percentile_interval(np.array([np.nan, 3.0, 3.0])) == (3, 3)
     assert percentile_interval(np.array([np.nan])) is None
-    draws = bootstrap_metrics(noisy_records(0, 20), resamples=7)
-    assert {len(values) for values in draws.values()} == {7}
+    assert {len(values) for values in bootstrap_metrics(noisy_records(0, 20)).values()} == {2000}
 
 
 def test_groups_are_drawn_whole():
@@ -250,17 +249,11 @@ def test_fewer_malformed_answers_are_better():
     assert (result["difference"], result["verdict"]) == (-1, "better")
 
 
-def test_threshold_counts_in_a_comparison():
-    half, most = ([record(labelled(SQUARE), labelled([0, 0, 10, h]), str(i)) for i in range(9)] for h in (6, 8))
-    assert compare_records(half, most, "precision")["verdict"] == "no difference seen"
-    assert compare_records(half, most, "precision", threshold=0.7)["verdict"] == "better"
-
-
 def test_other_images_cannot_be_compared():
     records = noisy_records(0, 5)
     with pytest.raises(ValueError, match=r"\(5 and 6 records\).* same EVAL_SPLIT, EVAL_SAMPLES and SEED"):
         compare_records(records, noisy_records(0, 6))
-    with pytest.raises(ValueError, match="not in the same order"):
+    with pytest.raises(ValueError, match="Not the same images in the same order"):
         check_same_images(records, records[::-1])
     check_same_images(records, noisy_records(1, 5))
 
@@ -279,7 +272,7 @@ def test_table_shows_values_with_intervals():
     assert list(table.index) == ["base", "r1"]
     assert table.loc["r1", "mean_iou"] == "0.731 [0.70, 0.76]"
     assert table.loc["r1", "detection_rate"] == "1.000 [1.00, 1.00]"
-    assert table.loc["base", "n"] == "50"
+    assert table.loc["base", "n"] == 50
     assert table.loc["base", "median_iou"].count("[") == 0  # only ratios have intervals here
 
 

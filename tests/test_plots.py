@@ -115,7 +115,7 @@ def test_recipes_a_line_a_stage():
         *("r1-llm-only", "r2-vision-only", "r3-two-stage: r2", "r3-two-stage: r1", "r4-joint"),
     ]
     assert (cells[1, 0], cells[1, 1]) == ("frozen, 16 bits", "frozen + LoRA, 4 bits")
-    assert (cells[2, 0], cells[2, 1]) == ("all weights trained, 16 bits", "frozen, 16 bits")
+    assert (cells[2, 0], cells[2, 1]) == ("all trained, 16 bits", "frozen, 16 bits")
 
 
 def test_prior_shows_the_median_box():
@@ -126,6 +126,7 @@ def test_prior_shows_the_median_box():
 
 
 def test_diagrams_hold_their_steps():
-    road = plots.plot_road([["A\nfirst", "B"], ["C"]]).axes[0]
-    assert {text.get_text() for text in road.texts} == {"A\nfirst", "B", "C", ""}  # the arrow has no text
+    road = plots.plot_road("A: first; B: second; C: third", per_row=2).axes[0]
+    texts = {text.get_text() for text in road.texts}
+    assert texts == {"A\nfirst", "B\nsecond", "C\nthird", ""}  # the arrow has no text
     assert "W: out x in\nfrozen, 4 bits" in {text.get_text() for text in plots.plot_lora().axes[0].texts}

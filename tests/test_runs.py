@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from helpers.runs import RunFolder, save_comparison, write_text
+from helpers.runs import RunFolder, save_comparison, write_json, write_text
 
 
 def record(width, id="a"):
@@ -26,7 +26,7 @@ def test_records_and_metrics_are_read_as_they_were_written(tmp_path):
 def test_a_run_is_trained_when_its_recipe_is_written(tmp_path):
     run = RunFolder(tmp_path)
     assert not run.is_trained
-    run.write_recipe({"name": "r1-llm-only", "quantized": True})
+    write_json(tmp_path / "recipe.json", {"name": "r1-llm-only", "quantized": True})
     assert run.is_trained
     assert run.read_recipe() == {"name": "r1-llm-only", "quantized": True}
 
@@ -34,14 +34,15 @@ def test_a_run_is_trained_when_its_recipe_is_written(tmp_path):
 def test_one_number_of_the_log(tmp_path):
     log = [{"step": 0, "eval_loss": 2.0}, {"step": 5, "loss": 1.5}, {"step": 5, "eval_loss": 1.0}]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
-    assert RunFolder(tmp_path).read_log("eval_loss") == ([0, 5], [2.0, 1.0])
-    assert RunFolder(tmp_path).read_log("loss") == ([5], [1.5])
+    assert RunFolder(tmp_path).read_log("eval_loss").to_dict() == {0: 2.0, 5: 1.0}
+    assert RunFolder(tmp_path).read_log("loss").to_dict() == {5: 1.5}
+    assert RunFolder(tmp_path).read_log("grad_norm_visual").empty
 
 
 def test_comparison_names_untrained_models_first(tmp_path):
     for name, width in [("r1-llm-only", 8), ("same-box", 3), ("base", 1)]:
         RunFolder(tmp_path / name).write_records([record(width)])
-    RunFolder(tmp_path / "r1-llm-only").write_recipe({})
+    write_json(tmp_path / "r1-llm-only/recipe.json", {})
     RunFolder(tmp_path / "collators/v1-all-tokens").write_records([record(5)])  # an experiment: not compared
     comparison = save_comparison(tmp_path)
     assert list(comparison) == ["base", "same-box", "r1-llm-only"]

@@ -4,6 +4,7 @@
 """
 
 import ast
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -169,6 +170,19 @@ def test_outputs_belong_to_the_code(script: Path):
 @each_script
 def test_outputs_are_plain(script: Path):
     check_outputs_are_plain(script)
+
+
+@each_script
+@pytest.mark.slow
+def test_sync_leaves_no_difference(script: Path, tmp_path: Path):
+    """`make sync` writes a committed notebook as `make notebook` left it."""
+    for path in (script, script.with_suffix(".ipynb"), ROOT / "pyproject.toml"):
+        shutil.copy(path, tmp_path)
+    notebook = tmp_path / script.with_suffix(".ipynb").name
+    before = notebook.read_text()
+    command = [sys.executable, "-m", "jupytext", "--quiet", "--update", "--to", "ipynb", str(tmp_path / script.name)]
+    subprocess.run(command, check=True)
+    assert notebook.read_text() == before, f"{notebook.name} is not as `make sync` writes it: run `make sync`"
 
 
 @each_script

@@ -17,7 +17,7 @@ from helpers.conversation import QUESTION
 from helpers.data import load_splits, to_training_dataset
 from helpers.loading import allocated_megabytes, load_model, release_memory
 from helpers.recipes import CATALOGUE
-from helpers.runs import RunFolder
+from helpers.runs import RunFolder, write_json
 from helpers.training import (
     build_trainer,
     check_trainable_parameters,
@@ -104,12 +104,13 @@ def test_joint_training_reaches_both_towers(make_trainer):
     assert min(norms.values()) > 0
 
 
-def test_training_without_gradient_is_stopped(make_trainer):
+@pytest.mark.parametrize(("factor", "cause"), [(0.0, "check freezing"), (float("nan"), "check the loss")])
+def test_training_without_a_usable_gradient_is_stopped(make_trainer, factor, cause):
     trainer = make_trainer(R4)
     for name, parameter in trainer.model.named_parameters():
         if "visual" in name and parameter.requires_grad:
-            parameter.register_hook(torch.zeros_like)
-    with pytest.raises(RuntimeError, match="without any gradient"):
+            parameter.register_hook(lambda gradient: gradient * factor)
+    with pytest.raises(RuntimeError, match=rf"'visual': {factor}.*{cause}"):
         trainer.train()
 
 
@@ -169,7 +170,7 @@ def test_a_first_stage_that_is_there_is_not_trained_again(settings, splits, tmp_
     trained.clear()
     # killed in its second stage
     (tmp_path / "r3-two-stage/stage1").mkdir(parents=True)
-    RunFolder(tmp_path / "r3-two-stage/stage1").write_recipe({})
+    write_json(tmp_path / "r3-two-stage/stage1/recipe.json", {})
     (tmp_path / "r3-two-stage/checkpoint-2").mkdir()
     run_recipe(R3, settings, splits)
     assert trained == [("r3-two-stage", f"{tmp_path}/r3-two-stage/stage1")]
@@ -205,9 +206,9 @@ def test_training_reports_loss_gradients_and_iou(settings, splits, tmp_path):
     log = json.loads((run.path / "trainer_state.json").read_text())
     keys = set().union(*log["log_history"])
     assert keys >= {"eval_loss", "eval_mean_iou", "grad_norm_visual", "grad_norm_language_model"}
-    steps, ious = run.read_log("eval_mean_iou")
-    assert steps == [0, 1, 2, 3, 4]  # with the model as it was before training
-    assert run.read_log("eval_loss")[0] == [0, 1, 2, 3, 4]
+    ious = run.read_log("eval_mean_iou")
+    assert [*ious.index] == [0, 1, 2, 3, 4]  # with the model as it was before training
+    assert [*run.read_log("eval_loss").index] == [0, 1, 2, 3, 4]
     assert log["best_metric"] == pytest.approx(max(ious[1:]), abs=1e-4)
     assert list(run.path.rglob("events.out.tfevents*"))
 
@@ -266,7 +267,7 @@ def test_a_result_tells_how_it_was_made(settings, splits):
     assert made["prompt"].startswith("Detect every nutrition table. Answer with label and box")
     assert made["system_message"].startswith("You are a vision language model")
     assert made["pixel_budget"] == {"factor": 28, "min_pixels": 3136, "max_pixels": 66 * 28 * 28}
-    packages = ["torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"]
+    packages = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"]
     assert made["versions"] == {package: version(package) for package in packages}
 
 
@@ -308,7 +309,7 @@ def test_interrupted_training_goes_on(settings, splits, tmp_path, capsys, monkey
     run = run_recipe(recipe, settings, splits)
     assert f"going on from {left}" in capsys.readouterr().out
     assert run.read_recipe()["steps"] == 4
-    assert run.read_log("eval_mean_iou")[0][-1] == 4
+    assert run.read_log("eval_mean_iou").index[-1] == 4
     assert not list(run.path.glob("checkpoint-*"))
 
 

@@ -18,7 +18,7 @@ steps of that gave nothing):
 The loss of phase 2 covers the whole conversation: the answer, plus a tenth of that on system message and question.
 With the loss on answers alone, nothing makes the output head tell the words of a prompt apart: on an earlier base made
 that way the loss on the tokens of prompts was 17 nats, and the median cosine between the head's rows for their words
-0.999. Now they are 0.21 and 0.48.
+0.999. Now they are about 0.2 (`tests/test_tiny_base.py`) and 0.4 (`notebooks/00_tiny_world`).
 
 Python overhead would dominate at this size, so all images live on the GPU, batches hold images of one size, and
 token positions are computed once per size.
@@ -54,7 +54,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention, appl
 from helpers.boxes import from_grid, to_grid
 from helpers.collators import VISION_TOKENS
 from helpers.conversation import PLAIN_PROMPT, PROMPT, format_answer, to_conversation
-from helpers.generation import Detector, generate, to_question
+from helpers.generation import Detector, generate, to_questions
 from helpers.metrics import match_boxes
 from helpers.parsing import parse_answer
 from helpers.tiny.packages import LABELS, TABLE_LABEL, draw_package
@@ -110,7 +110,8 @@ pixels each:
    "Write the label of the barcode." (its name, no box). The loss is that of the answers plus {question_weight} times
    that of system message and question: with the loss on answers alone, the output head cannot tell the words of a
    prompt apart (an earlier base made that way had a loss of 17 nats on the tokens of prompts, and a median cosine of
-   0.999 between the head's rows for their words; here they are 0.21 and 0.48).
+   0.999 between the head's rows for their words; here they are about 0.2, asserted in
+   `tests/test_tiny_base.py`, and 0.4, drawn in `notebooks/00_tiny_world`).
 
 So the vision tower has seen nutrition tables and the language model knows what they are called, but in no answer was
 ever the box of one: to bring the two together is left for fine-tuning.
@@ -127,7 +128,7 @@ Zero-shot on {score_images} unseen images of six aspect ratios, greedy answers, 
 Drawn packages only, one object of each label an image; the prompt has to be one of those it was trained with
 (`PROMPT` and `PLAIN_PROMPT` in `helpers/conversation.py`). Objects under about 7 % of the image's longer side were
 never labelled. It has read no other sentences than these, and the rows of its output head for the words of prompts are
-still alike (median cosine 0.48): what is learned from a loss on prompts need not carry over to a real model.
+still alike (median cosine about 0.4): what is learned from a loss on prompts need not carry over to a real model.
 """
 Objects = list[tuple[str, tuple[float, float, float, float]]]
 
@@ -498,7 +499,7 @@ def score(model, processor, seeds: Sequence[int], batch_size: int = 64) -> dict[
         ious = []
         for start in range(0, len(asked), batch_size):
             batch = asked[start : start + batch_size]
-            answers = generate(detector, [to_question(image, detector) for image, _ in batch])
+            answers = generate(detector, to_questions([image for image, _ in batch], detector))
             ious += [np.mean(match_boxes(boxes, found_boxes(answer.text, image)))
                      for (image, boxes), answer in zip(batch, answers, strict=True)]  # fmt: skip
         ious = np.array(ious)
