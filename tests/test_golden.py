@@ -90,10 +90,10 @@ def test_answer_without_special_tokens_is_still_a_label_and_a_box(real_processor
 
 def test_assistant_only_labels(example, real_processor):
     batch = AssistantOnlyCollator(real_processor)([example])
-    assert batch["input_ids"].tolist() == [[151643, *CONVERSATION_IDS]]  # one token of padding makes 96
-    assert batch["attention_mask"].tolist() == [[0] + [1] * 95]
+    assert batch["input_ids"].tolist() == [[*CONVERSATION_IDS, 151643]]  # one token of padding makes 96
+    assert batch["attention_mask"].tolist() == [[1] * 95 + [0]]
     assert batch["image_grid_thw"].tolist() == [[1, 4, 4]]
-    assert batch["labels"].tolist() == [[-100] * 71 + ANSWER_IDS + [-100]]
+    assert batch["labels"].tolist() == [[-100] * 70 + ANSWER_IDS + [-100] * 2]
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,11 @@ def collate(processor, *sizes):
 def test_labels_are_all_words_but_padding_and_image(real_processor):
     batch = collate(real_processor, (56, 56))
     image = [151652, 151655, 151655, 151655, 151655, 151653]
-    assert batch["input_ids"].tolist() == [[151643, *WORDS_BEFORE_IMAGE, *image, *WORDS_AFTER_IMAGE]]
-    assert batch["labels"].tolist() == [[-100] + WORDS_BEFORE_IMAGE + [-100] * 6 + WORDS_AFTER_IMAGE]
+    assert batch["input_ids"].tolist() == [[*WORDS_BEFORE_IMAGE, *image, *WORDS_AFTER_IMAGE, 151643]]
+    assert batch["labels"].tolist() == [WORDS_BEFORE_IMAGE + [-100] * 6 + WORDS_AFTER_IMAGE + [-100]]
 
 
 def test_shorter_conversations_are_not_trained_on_their_padding(real_processor):
     small, large = collate(real_processor, (56, 56), (84, 84))["labels"].tolist()  # 4 and 9 tokens an image
-    assert small == [-100] * 9 + WORDS_BEFORE_IMAGE + [-100] * 6 + WORDS_AFTER_IMAGE
-    assert large == [-100] * 4 + WORDS_BEFORE_IMAGE + [-100] * 11 + WORDS_AFTER_IMAGE
+    assert small == WORDS_BEFORE_IMAGE + [-100] * 6 + WORDS_AFTER_IMAGE + [-100] * 9
+    assert large == WORDS_BEFORE_IMAGE + [-100] * 11 + WORDS_AFTER_IMAGE + [-100] * 4
