@@ -75,6 +75,7 @@ MAX_PIXELS = 1003520  # an image costs at most this many pixels; 28 * 28 of them
 BATCH_SIZE = 2
 GRADIENT_ACCUMULATION_STEPS = 8
 GRADIENT_CHECKPOINTING = True  # less memory, more time: activations are computed twice
+CACHE_FEATURES = True  # a frozen vision tower sees each image once; 9 MB of disk for an image of 1,280 tokens at 7B
 LEARNING_RATES = {}  # recipe -> peak learning rate, where it is not to be the recipe's own
 FLIP_PROBABILITY = 0.0  # mirror training images with their boxes: worth its mirrored letters when data are few
 EVAL_BATCH_SIZE = None  # images asked about at once; None: what fits into the free memory
@@ -127,6 +128,7 @@ import pandas as pd
 import psutil
 import safetensors.torch
 import torch
+import xxhash
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets import Image as ImageFeature
@@ -142,6 +144,7 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 from transformers import AutoConfig, BitsAndBytesConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers import PrinterCallback, ProgressCallback, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
@@ -614,7 +617,6 @@ print("Qwen2.5-VL's pixels read as a grid ", np.round(misread).tolist(), f"IoU {
 #| export conversation: Prompts, the format of answers, and chat messages.
 SYSTEM_MESSAGE = "You are a vision language model that locates objects on food packages."
 PROMPT = "Detect every {label}. Answer with label and box of each as label(x1,y1),(x2,y2) on a grid from 0 to 1000."
-PLAIN_PROMPT = "Detect the bounding box of the {label}."
 QUESTION = PROMPT.format(label="nutrition table")
 
 
@@ -786,50 +788,20 @@ def find_assistant_tokens(input_ids: torch.Tensor, tokenizer) -> torch.Tensor:
 
 
 # %% [markdown]
-# One example, token by token: `␣` is a space, `↵` a line break, the run of image tokens is one cell, and what is
-# coloured has a label.
-
-
-# %%
-#| export plots
-def list_token_cells(batch: dict[str, torch.Tensor], tokenizer) -> list[tuple[str, bool]]:
-    """Text and "has a label" of each token in the batch's first row; a run of image tokens is one cell."""
-    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
-    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    cells = []
-    for token, label, previous in zip(ids, labels, [None, *ids], strict=False):
-        if token == tokenizer.pad_token_id or token == previous == image:
-            continue
-        text = tokenizer.decode([token]).replace("<|", "").replace("|>", "").replace(" ", "␣").replace("\n", "↵")
-        cells.append((f"{ids.count(image)} x {text}" if token == image else text, label != -100))
-    return cells
-
-
-def plot_trained_tokens(batches: dict[str, dict[str, torch.Tensor]], tokenizer, per_line: int = 14) -> plt.Figure:
-    """The first row of one batch per collator as a strip of tokens, coloured where the loss looks."""
-    figure, grid = plt.subplots(len(batches), 1, figsize=(12, 3.4 * len(batches)), layout="constrained", squeeze=False)
-    for axes, (variant, batch) in zip(grid.flat, batches.items(), strict=True):
-        cells = list_token_cells(batch, tokenizer)
-        for number, (text, trained) in enumerate(cells):
-            x, y = number % per_line, -(number // per_line)
-            fill, ink = (TRUTH_COLOUR, "white") if trained else ("#eeeeee", "black")
-            axes.add_patch(Rectangle((x + 0.03, y + 0.1), 0.94, 0.8, color=fill))
-            axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=ink)
-        axes.set_title(f"{variant}: {sum(t for _, t in cells)} of {len(cells)} cells are trained", loc="left")
-        axes.set(xlim=(0, per_line), ylim=(-((len(cells) - 1) // per_line), 1))
-        axes.axis("off")
-    return figure
-
+# What each of the two trains on, for one example:
 
 # %%
 example = {"image": image, "messages": to_conversation(QUESTION, answer)}
 batches = {variant: collator(processor)([example]) for variant, collator in COLLATORS.items()}
-plot_trained_tokens(batches, processor.tokenizer)
-plt.show()
+labels = {variant: batch["labels"][batch["labels"] != -100] for variant, batch in batches.items()}
+trained_texts = {variant: [len(tokens), processor.tokenizer.decode(tokens)] for variant, tokens in labels.items()}
+columns = ["trained tokens", "what the loss looks at"]
+pd.DataFrame.from_dict(trained_texts, orient="index", columns=columns).style.format(escape="html")
 
 # %% [markdown]
-# In v1 more than two thirds of the trained tokens are the same in every example. Which of the two gives the better
-# detector is a question for an experiment, in section 11.
+# In v1 more than two thirds of the trained tokens are the same in every example. `notebooks/03_data_preprocessing`
+# colours them, for images with several objects too. Which of the two collators gives the better detector is a question
+# for an experiment, in section 11.
 #
 # Training examples are made when they are asked for, so that a dataset of phone photographs need not fit in memory
 # and an image can be mirrored in one epoch and not in the next.
@@ -979,31 +951,24 @@ class TrainingRecipe:
     stages: tuple[str, ...] = ()  # recipes to train one after the other, each from the weights of the one before
 
     def __post_init__(self):
-        if problem := describe_recipe_problem(self):
-            raise ValueError(f"Recipe {self.name!r}: {problem}.")
+        full, frozen = self.train_vision == "full", self.train_vision == self.train_llm == "frozen"
+        known = self.train_vision in ("frozen", "lora", "full") and self.train_llm in ("frozen", "lora")
+        problems = {
+            "train_vision is frozen, lora or full, train_llm is frozen or lora": not known,
+            f"collator is one of {', '.join(COLLATORS)}": self.collator not in COLLATORS,
+            "it either trains something or has stages": frozen != bool(self.stages),
+            "4-bit weights cannot be saved as a full checkpoint": self.quantized and full,
+            "with LoRA, all else is frozen: train one after the other, in stages": full and self.train_llm == "lora",
+            "lora_rank and learning_rate are positive": self.lora_rank < 1 or self.learning_rate <= 0,
+        }
+        if found := [problem for problem, is_there in problems.items() if is_there]:
+            raise ValueError(f"Recipe {self.name!r}: {found[0]}.")
 
     @property
     def lora_target_modules(self) -> str | None:
         """Regular expression on the paths of the layers that get LoRA; None without LoRA."""
         towers = {LLM_LAYERS: self.train_llm, VISION_LAYERS: self.train_vision}
         return "|".join(f"({layers})" for layers, mode in towers.items() if mode == "lora") or None
-
-
-def describe_recipe_problem(recipe: TrainingRecipe) -> str | None:
-    """Why a recipe cannot work, or None."""
-    if recipe.train_vision not in ("frozen", "lora", "full") or recipe.train_llm not in ("frozen", "lora"):
-        return "train_vision is frozen, lora or full, train_llm is frozen or lora"
-    if recipe.collator not in COLLATORS:
-        return f"collator is one of {', '.join(COLLATORS)}"
-    if (recipe.train_vision == recipe.train_llm == "frozen") != bool(recipe.stages):
-        return "it either trains something or has stages"
-    if recipe.quantized and recipe.train_vision == "full":
-        return "4-bit weights cannot be saved as a full checkpoint"
-    if recipe.train_vision == "full" and recipe.train_llm == "lora":
-        return "with LoRA, PEFT freezes all other weights: train one after the other, in stages"
-    if recipe.lora_rank < 1 or recipe.learning_rate <= 0:
-        return "lora_rank and learning_rate are positive"
-    return None
 
 
 # %%
@@ -1591,16 +1556,12 @@ def read_headers(rows: Dataset) -> list[tuple[int, int, int]]:
 
 
 # %% [markdown]
-# A zero-shot baseline measures the prompt as much as the model, so three wordings are asked: the plain request, the
-# one that states the format (it is what the fine-tuned models are trained with), and the request for all objects.
+# A zero-shot baseline measures the prompt as much as the model. The base is asked with the words that the fine-tuned
+# models are trained with, so that the difference will be due to training alone. (Other words are an exercise.)
 
 # %%
-prompts = {"plain": PLAIN_PROMPT.format(label="nutrition table"), "with the format": QUESTION}
-prompts["all objects"] = PROMPT.format(label="object")
-base_records = {}
-for kind, prompt in prompts.items():
-    base_records[kind] = evaluate_detector(replace(base, prompt=prompt), splits.evaluation)
-    print(f"{kind}: {prompt}\n    -> {base_records[kind][0]['raw']}")
+base_records = evaluate_detector(base, splits.evaluation)
+print(f"{base.prompt}\n-> {base_records[0]['raw']}")
 
 # %% [markdown]
 # Nearly every metric is a ratio of two sums over images. So each image is reduced to a row of counts first; then a
@@ -1697,17 +1658,15 @@ def answer_with_same_box(records: Sequence[dict], box: Sequence[float], label: s
 
 
 # %%
-same_box_records = answer_with_same_box(base_records["with the format"], constant_box, "nutrition-table")
-measured = {"same box": same_box_records, **base_records}
+same_box_records = answer_with_same_box(base_records, constant_box, "nutrition-table")
+measured = {"same box": same_box_records, "base": base_records}
 SHOWN = ["mean_iou", "iou_gt_0.5", "precision", "recall", "detection_rate", "malformed_rate", "n"]
 pd.DataFrame({name: summarize(records) for name, records in measured.items()}).loc[SHOWN].style.format(precision=3)
 
 # %% [markdown]
 # The base of this demo nearly always writes well-formed boxes, of other things: it knows the format and eight kinds of
 # objects, and answers with one of those. The box that never looks beats it by far. (Section 2 printed a slightly lower
-# mean for it, over boxes; here the mean is over images.) Which wording is best hardly matters here: a request for all
-# objects sometimes hits a table by accident. The baseline that is kept is the prompt with the format, because the
-# fine-tuned models are asked with the same words, so that the difference is due to training alone.
+# mean for it, over boxes; here the mean is over images.)
 #
 # **Noise.** With a hundred images, a difference of two hundredths is often chance: other images from the same source
 # would have given other numbers. The bootstrap imitates this. It draws as many images as there are, with replacement,
@@ -1788,7 +1747,7 @@ def compare_table(records_by_name: dict[str, Sequence[dict]], threshold: float =
 
 
 # %%
-print("the same box against the base:", describe_difference(base_records["with the format"], same_box_records))
+print("the same box against the base:", describe_difference(base_records, same_box_records))
 print("the same box against itself:  ", describe_difference(same_box_records, same_box_records))
 compare_table(measured)[SHOWN].T
 
@@ -1831,27 +1790,28 @@ class RunFolder:
     def write_records(self, records: Sequence[dict]) -> dict:
         """Write `predictions.jsonl`, and `metrics.json` with metrics and intervals, which are returned."""
         metrics = summarize(records) | {"iou_threshold": 0.5, "intervals": bootstrap_intervals(records)}
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / "predictions.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        write_file(self.path / "predictions.jsonl", lines.encode())
         write_json(self.path / "metrics.json", metrics)
         return metrics
 
 
 def write_json(file: Path, value: dict) -> None:
     """Write JSON for people to read."""
-    write_text(file, json.dumps(value, indent=2) + "\n")
+    write_file(file, json.dumps(value, indent=2).encode() + b"\n")
 
 
-def write_text(file: Path, text: str) -> None:
+def write_file(file: Path, content: bytes) -> None:
     """Write through a temporary file: whoever is interrupted keeps the old file, never half of the new one."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
     temporary.replace(file)
 
 
 # %%
 RunFolder(output_dir / "same-box").write_records(same_box_records)
-RunFolder(output_dir / "base").write_records(base_records["with the format"])
+RunFolder(output_dir / "base").write_records(base_records)
 print((output_dir / "base/predictions.jsonl").read_text().splitlines()[0])
 
 # %% [markdown]
@@ -2032,6 +1992,48 @@ class TrainingProgress(ProgressCallback):
         """No bar for the validation loss."""
 
 
+# %% [markdown]
+# A vision tower that is frozen gives the same features for the same image in every epoch. So in r1 and in the second
+# stage of r3 each image goes through it once: its features are kept on disk, in `OUTPUT_DIR/features`, under a hash of
+# the tower's weights and of the image as the processor made it. A mirrored image, another pixel budget, or other
+# weights are another hash, so that nothing stale can be found. The runs of the next section, r1, and every evaluation
+# on the way share what they have in common.
+
+
+# %%
+#| export training
+def hash_tensors(tensors: Iterable[torch.Tensor]) -> str:
+    """xxHash of the bytes of some tensors, in hexadecimal digits."""
+    digest = xxhash.xxh3_128()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def cache_features(visual: PreTrainedModel, folder: Path) -> None:
+    """Let a frozen vision tower compute the features of each image once; they are kept in `folder`.
+
+    Images go through it one at a time and without autocast, so that their features do not depend on the batch.
+    """
+    compute, weights = visual.forward, hash_tensors(visual.parameters())
+
+    def recall(patches: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        file = folder / weights / f"{hash_tensors([patches, grid])}.safetensors"
+        try:
+            return safetensors.torch.load_file(file, device=str(patches.device))["features"]
+        except FileNotFoundError:
+            with torch.autocast(patches.device.type, enabled=False):
+                features = compute(patches, grid_thw=grid).pooler_output
+            write_file(file, safetensors.torch.save({"features": features.contiguous()}))
+            return features
+
+    def forward(hidden_states: torch.Tensor, grid_thw: torch.Tensor, **options) -> BaseModelOutputWithPooling:
+        images = zip(hidden_states.split(grid_thw.prod(dim=1).tolist()), grid_thw.split(1), strict=True)
+        return BaseModelOutputWithPooling(pooler_output=torch.cat([recall(*image) for image in images]))
+
+    visual.forward = forward
+
+
 # %%
 #| export training
 def build_trainer(
@@ -2039,6 +2041,8 @@ def build_trainer(
 ) -> DetectionTrainer:
     """A trainer for what the recipe trains, in float32. Raises RuntimeError if it would train anything else."""
     apply_freeze_policy(detector.model, recipe)
+    if settings.cache_features and recipe.train_vision == "frozen":
+        cache_features(detector.model.model.visual, Path(settings.output_dir) / "features")
     for module in detector.model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
@@ -2175,10 +2179,11 @@ def evaluate_run(run: RunFolder, settings: SimpleNamespace, rows: Dataset) -> di
 def compare_collators() -> list[RunFolder]:
     """Train and evaluate r1 once per collator, with all else equal."""
     steps = min(COLLATOR_STEPS, MAX_STEPS) if MAX_STEPS > 0 else COLLATOR_STEPS
-    short = SimpleNamespace(**vars(settings) | {"output_dir": output_dir / "collators", "max_steps": steps})
+    short = SimpleNamespace(**vars(settings) | {"max_steps": steps})
     rate, runs = settings.learning_rates.get(R1.name, R1.learning_rate), []
     for variant in COLLATORS:
-        runs.append(run_recipe(replace(R1, name=variant, collator=variant, learning_rate=rate), short, splits))
+        recipe = replace(R1, name=f"collators/{variant}", collator=variant, learning_rate=rate)
+        runs.append(run_recipe(recipe, short, splits))
         release_memory()
         evaluate_run(runs[-1], short, splits.evaluation)
         release_memory()
@@ -2265,6 +2270,7 @@ for recipe in get_recipes(settings.recipes):
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     training_costs[recipe.name] = train_and_measure(recipe, training_costs)
+shutil.rmtree(output_dir / "features", ignore_errors=True)  # no longer needed
 pd.DataFrame(training_costs).T.style.format("{:,.1f}", na_rep="-")
 
 # %% [markdown]

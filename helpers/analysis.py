@@ -29,7 +29,7 @@ from helpers.metrics import (
     summarize,
 )
 from helpers.plots import BLUE, MODEL_COLOURS, plot_images
-from helpers.runs import write_text
+from helpers.runs import write_file
 
 TIE = 0.01  # a smaller difference in IoU is none
 
@@ -375,7 +375,8 @@ def write_card(folder: Path, records: Sequence[dict], rows: Dataset, policy: str
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=80)
         plt.close(figure)
-    write_text(folder / "card.md", describe_card(folder.name, report, [str(record["id"]) for record in worst]))
+    text = describe_card(folder.name, report, [str(record["id"]) for record in worst])
+    write_file(folder / "card.md", text.encode())
 
 
 def find_images(rows: Dataset, records: Sequence[dict]) -> list[Image.Image]:

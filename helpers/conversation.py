@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 
 SYSTEM_MESSAGE = "You are a vision language model that locates objects on food packages."
 PROMPT = "Detect every {label}. Answer with label and box of each as label(x1,y1),(x2,y2) on a grid from 0 to 1000."
-PLAIN_PROMPT = "Detect the bounding box of the {label}."
 QUESTION = PROMPT.format(label="nutrition table")
 
 

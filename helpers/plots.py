@@ -11,7 +11,6 @@ from io import BytesIO
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from IPython.display import Image as DisplayImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -90,35 +89,6 @@ def plot_prior(boxes: pd.DataFrame, median: Sequence[float]) -> plt.Figure:
         right.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fc=BLUE, alpha=0.01))
     draw_boxes(right, [median], PREDICTION_COLOUR, "-")
     right.set(xlabel="x / width", ylabel="y / height", title="Place; red: always this", xlim=(0, 1), ylim=(1, 0))
-    return figure
-
-
-def list_token_cells(batch: dict[str, torch.Tensor], tokenizer) -> list[tuple[str, bool]]:
-    """Text and "has a label" of each token in the batch's first row; a run of image tokens is one cell."""
-    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
-    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    cells = []
-    for token, label, previous in zip(ids, labels, [None, *ids], strict=False):
-        if token == tokenizer.pad_token_id or token == previous == image:
-            continue
-        text = tokenizer.decode([token]).replace("<|", "").replace("|>", "").replace(" ", "␣").replace("\n", "↵")
-        cells.append((f"{ids.count(image)} x {text}" if token == image else text, label != -100))
-    return cells
-
-
-def plot_trained_tokens(batches: dict[str, dict[str, torch.Tensor]], tokenizer, per_line: int = 14) -> plt.Figure:
-    """The first row of one batch per collator as a strip of tokens, coloured where the loss looks."""
-    figure, grid = plt.subplots(len(batches), 1, figsize=(12, 3.4 * len(batches)), layout="constrained", squeeze=False)
-    for axes, (variant, batch) in zip(grid.flat, batches.items(), strict=True):
-        cells = list_token_cells(batch, tokenizer)
-        for number, (text, trained) in enumerate(cells):
-            x, y = number % per_line, -(number // per_line)
-            fill, ink = (TRUTH_COLOUR, "white") if trained else ("#eeeeee", "black")
-            axes.add_patch(Rectangle((x + 0.03, y + 0.1), 0.94, 0.8, color=fill))
-            axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=ink)
-        axes.set_title(f"{variant}: {sum(t for _, t in cells)} of {len(cells)} cells are trained", loc="left")
-        axes.set(xlim=(0, per_line), ylim=(-((len(cells) - 1) // per_line), 1))
-        axes.axis("off")
     return figure
 
 

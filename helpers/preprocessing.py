@@ -6,13 +6,16 @@ Printed from notebooks/03_data_preprocessing.py: edit that, then run `make sync`
 import math
 from collections.abc import Sequence
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from helpers.boxes import resized_size
 from helpers.collators import VISION_TOKENS, find_assistant_tokens
+from helpers.plots import TRUTH_COLOUR
 
 
 def unpatch(pixel_values: torch.Tensor, grid: Sequence[int], image_processor) -> Image.Image:
@@ -33,6 +36,35 @@ def count_image_tokens(
     """Image tokens for each (width, height): one for each `factor` x `factor` pixels of the resized image."""
     resized = [resized_size(width, height, factor, min_pixels, max_pixels) for width, height in sizes]
     return np.array([width * height // factor**2 for width, height in resized])
+
+
+def list_token_cells(batch: dict[str, torch.Tensor], tokenizer) -> list[tuple[str, bool]]:
+    """Text and "has a label" of each token in the batch's first row; a run of image tokens is one cell."""
+    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    cells = []
+    for token, label, previous in zip(ids, labels, [None, *ids], strict=False):
+        if token == tokenizer.pad_token_id or token == previous == image:
+            continue
+        text = tokenizer.decode([token]).replace("<|", "").replace("|>", "").replace(" ", "␣").replace("\n", "↵")
+        cells.append((f"{ids.count(image)} x {text}" if token == image else text, label != -100))
+    return cells
+
+
+def plot_trained_tokens(batches: dict[str, dict[str, torch.Tensor]], tokenizer, per_line: int = 14) -> plt.Figure:
+    """The first row of one batch per collator as a strip of tokens, coloured where the loss looks."""
+    figure, grid = plt.subplots(len(batches), 1, figsize=(12, 3.4 * len(batches)), layout="constrained", squeeze=False)
+    for axes, (variant, batch) in zip(grid.flat, batches.items(), strict=True):
+        cells = list_token_cells(batch, tokenizer)
+        for number, (text, trained) in enumerate(cells):
+            x, y = number % per_line, -(number // per_line)
+            fill, ink = (TRUTH_COLOUR, "white") if trained else ("#eeeeee", "black")
+            axes.add_patch(Rectangle((x + 0.03, y + 0.1), 0.94, 0.8, color=fill))
+            axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=ink)
+        axes.set_title(f"{variant}: {sum(t for _, t in cells)} of {len(cells)} cells are trained", loc="left")
+        axes.set(xlim=(0, per_line), ylim=(-((len(cells) - 1) // per_line), 1))
+        axes.axis("off")
+    return figure
 
 
 TOKEN_KINDS = ["image", "system message, question, roles", "answer", "end of turn", "padding"]

@@ -34,31 +34,24 @@ class TrainingRecipe:
     stages: tuple[str, ...] = ()  # recipes to train one after the other, each from the weights of the one before
 
     def __post_init__(self):
-        if problem := describe_recipe_problem(self):
-            raise ValueError(f"Recipe {self.name!r}: {problem}.")
+        full, frozen = self.train_vision == "full", self.train_vision == self.train_llm == "frozen"
+        known = self.train_vision in ("frozen", "lora", "full") and self.train_llm in ("frozen", "lora")
+        problems = {
+            "train_vision is frozen, lora or full, train_llm is frozen or lora": not known,
+            f"collator is one of {', '.join(COLLATORS)}": self.collator not in COLLATORS,
+            "it either trains something or has stages": frozen != bool(self.stages),
+            "4-bit weights cannot be saved as a full checkpoint": self.quantized and full,
+            "with LoRA, all else is frozen: train one after the other, in stages": full and self.train_llm == "lora",
+            "lora_rank and learning_rate are positive": self.lora_rank < 1 or self.learning_rate <= 0,
+        }
+        if found := [problem for problem, is_there in problems.items() if is_there]:
+            raise ValueError(f"Recipe {self.name!r}: {found[0]}.")
 
     @property
     def lora_target_modules(self) -> str | None:
         """Regular expression on the paths of the layers that get LoRA; None without LoRA."""
         towers = {LLM_LAYERS: self.train_llm, VISION_LAYERS: self.train_vision}
         return "|".join(f"({layers})" for layers, mode in towers.items() if mode == "lora") or None
-
-
-def describe_recipe_problem(recipe: TrainingRecipe) -> str | None:
-    """Why a recipe cannot work, or None."""
-    if recipe.train_vision not in ("frozen", "lora", "full") or recipe.train_llm not in ("frozen", "lora"):
-        return "train_vision is frozen, lora or full, train_llm is frozen or lora"
-    if recipe.collator not in COLLATORS:
-        return f"collator is one of {', '.join(COLLATORS)}"
-    if (recipe.train_vision == recipe.train_llm == "frozen") != bool(recipe.stages):
-        return "it either trains something or has stages"
-    if recipe.quantized and recipe.train_vision == "full":
-        return "4-bit weights cannot be saved as a full checkpoint"
-    if recipe.train_vision == "full" and recipe.train_llm == "lora":
-        return "with LoRA, PEFT freezes all other weights: train one after the other, in stages"
-    if recipe.lora_rank < 1 or recipe.learning_rate <= 0:
-        return "lora_rank and learning_rate are positive"
-    return None
 
 
 R1 = TrainingRecipe("r1-llm-only", "QLoRA on the language model", quantized=True, train_llm="lora")

@@ -4,6 +4,7 @@ Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `m
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,21 +41,22 @@ class RunFolder:
     def write_records(self, records: Sequence[dict]) -> dict:
         """Write `predictions.jsonl`, and `metrics.json` with metrics and intervals, which are returned."""
         metrics = summarize(records) | {"iou_threshold": 0.5, "intervals": bootstrap_intervals(records)}
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / "predictions.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        write_file(self.path / "predictions.jsonl", lines.encode())
         write_json(self.path / "metrics.json", metrics)
         return metrics
 
 
 def write_json(file: Path, value: dict) -> None:
     """Write JSON for people to read."""
-    write_text(file, json.dumps(value, indent=2) + "\n")
+    write_file(file, json.dumps(value, indent=2).encode() + b"\n")
 
 
-def write_text(file: Path, text: str) -> None:
+def write_file(file: Path, content: bytes) -> None:
     """Write through a temporary file: whoever is interrupted keeps the old file, never half of the new one."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
     temporary.replace(file)
 
 

@@ -228,6 +228,8 @@ def train_and_evaluate(options: argparse.Namespace) -> None:
     if leave_group() == 0:
         evaluate_run(run, settings, splits.evaluation)
         print(f"{run.path}: {json.dumps(compare(options.output_dir)[run.path.name], indent=2)}")
+        if (features := options.output_dir / "features").is_dir():
+            print(f"{features} can be deleted when no other recipe is to be trained into {options.output_dir}")
 
 
 def leave_group() -> int:

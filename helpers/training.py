@@ -9,17 +9,20 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import safetensors.torch
 import torch
+import xxhash
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
@@ -31,7 +34,7 @@ from helpers.generation import Detector
 from helpers.loading import PACKAGES, area_of, best_dtype, load_model, load_processor, release_memory
 from helpers.metrics import summarize
 from helpers.recipes import CATALOGUE, TrainingRecipe, apply_freeze_policy, build_lora_config_for_recipe
-from helpers.runs import RunFolder, write_json
+from helpers.runs import RunFolder, write_file, write_json
 
 
 def create_detector(model: PreTrainedModel, settings: SimpleNamespace) -> Detector:
@@ -158,11 +161,45 @@ class TrainingProgress(ProgressCallback):
         """No bar for the validation loss."""
 
 
+def hash_tensors(tensors: Iterable[torch.Tensor]) -> str:
+    """xxHash of the bytes of some tensors, in hexadecimal digits."""
+    digest = xxhash.xxh3_128()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def cache_features(visual: PreTrainedModel, folder: Path) -> None:
+    """Let a frozen vision tower compute the features of each image once; they are kept in `folder`.
+
+    Images go through it one at a time and without autocast, so that their features do not depend on the batch.
+    """
+    compute, weights = visual.forward, hash_tensors(visual.parameters())
+
+    def recall(patches: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        file = folder / weights / f"{hash_tensors([patches, grid])}.safetensors"
+        try:
+            return safetensors.torch.load_file(file, device=str(patches.device))["features"]
+        except FileNotFoundError:
+            with torch.autocast(patches.device.type, enabled=False):
+                features = compute(patches, grid_thw=grid).pooler_output
+            write_file(file, safetensors.torch.save({"features": features.contiguous()}))
+            return features
+
+    def forward(hidden_states: torch.Tensor, grid_thw: torch.Tensor, **options) -> BaseModelOutputWithPooling:
+        images = zip(hidden_states.split(grid_thw.prod(dim=1).tolist()), grid_thw.split(1), strict=True)
+        return BaseModelOutputWithPooling(pooler_output=torch.cat([recall(*image) for image in images]))
+
+    visual.forward = forward
+
+
 def build_trainer(
     detector: Detector, recipe: TrainingRecipe, settings: SimpleNamespace, splits: Splits
 ) -> DetectionTrainer:
     """A trainer for what the recipe trains, in float32. Raises RuntimeError if it would train anything else."""
     apply_freeze_policy(detector.model, recipe)
+    if settings.cache_features and recipe.train_vision == "frozen":
+        cache_features(detector.model.model.visual, Path(settings.output_dir) / "features")
     for module in detector.model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False

@@ -57,7 +57,7 @@ import transformers
 
 from helpers.boxes import from_grid
 from helpers.collators import VISION_TOKENS
-from helpers.conversation import PLAIN_PROMPT, PROMPT, to_conversation
+from helpers.conversation import PROMPT, to_conversation
 from helpers.data import describe_boxes, load_rows
 from helpers.generation import Detector, generate, to_questions
 from helpers.loading import best_dtype, load_model, load_processor
@@ -65,6 +65,7 @@ from helpers.metrics import match_boxes
 from helpers.parsing import parse_answer
 from helpers.plots import BLUE, ORANGE, PREDICTION_COLOUR, TRUTH_COLOUR, draw_boxes, plot_images, to_jpeg
 from helpers.tiny.packages import LABELS, TABLE_LABEL, draw_package
+from helpers.tiny.pretrain import PLAIN_PROMPT
 
 transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()

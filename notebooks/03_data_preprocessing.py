@@ -65,8 +65,7 @@ from helpers.conversation import QUESTION, format_answer, to_conversation
 from helpers.data import describe_boxes, load_rows, read_headers, read_row, to_training_example
 from helpers.detection import pixel_budget
 from helpers.loading import load_processor
-from helpers.plots import BLUE, ORANGE, PREDICTION_COLOUR, TRUTH_COLOUR, draw_boxes, plot_images
-from helpers.plots import plot_trained_tokens, to_jpeg
+from helpers.plots import BLUE, ORANGE, PREDICTION_COLOUR, TRUTH_COLOUR, draw_boxes, plot_images, to_jpeg
 
 processor = load_processor(MODEL_ID, MAX_PIXELS)
 tokenizer, image_processor = processor.tokenizer, processor.image_processor
@@ -375,7 +374,40 @@ to_jpeg(plot_images(*map(list, zip(*three, strict=True)), titles=titles, columns
 # ## What is trained
 #
 # A row with several objects, token by token: `␣` is a space, `↵` a line break. The objects follow each other from the
-# top left, and the end-of-turn token counts, because the model has to learn when to stop.
+# top left, and the end-of-turn token counts, because the model has to learn when to stop. A run of image tokens is one
+# cell, and what is coloured has a label.
+
+
+# %%
+#| export preprocessing
+def list_token_cells(batch: dict[str, torch.Tensor], tokenizer) -> list[tuple[str, bool]]:
+    """Text and "has a label" of each token in the batch's first row; a run of image tokens is one cell."""
+    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    cells = []
+    for token, label, previous in zip(ids, labels, [None, *ids], strict=False):
+        if token == tokenizer.pad_token_id or token == previous == image:
+            continue
+        text = tokenizer.decode([token]).replace("<|", "").replace("|>", "").replace(" ", "␣").replace("\n", "↵")
+        cells.append((f"{ids.count(image)} x {text}" if token == image else text, label != -100))
+    return cells
+
+
+def plot_trained_tokens(batches: dict[str, dict[str, torch.Tensor]], tokenizer, per_line: int = 14) -> plt.Figure:
+    """The first row of one batch per collator as a strip of tokens, coloured where the loss looks."""
+    figure, grid = plt.subplots(len(batches), 1, figsize=(12, 3.4 * len(batches)), layout="constrained", squeeze=False)
+    for axes, (variant, batch) in zip(grid.flat, batches.items(), strict=True):
+        cells = list_token_cells(batch, tokenizer)
+        for number, (text, trained) in enumerate(cells):
+            x, y = number % per_line, -(number // per_line)
+            fill, ink = (TRUTH_COLOUR, "white") if trained else ("#eeeeee", "black")
+            axes.add_patch(Rectangle((x + 0.03, y + 0.1), 0.94, 0.8, color=fill))
+            axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=ink)
+        axes.set_title(f"{variant}: {sum(t for _, t in cells)} of {len(cells)} cells are trained", loc="left")
+        axes.set(xlim=(0, per_line), ylim=(-((len(cells) - 1) // per_line), 1))
+        axes.axis("off")
+    return figure
+
 
 # %%
 most = max(range(len(rows)), key=lambda number: len(rows[number]["objects"]["bbox"]))

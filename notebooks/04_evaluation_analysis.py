@@ -93,7 +93,7 @@ from helpers.metrics import (
 )
 from helpers.parsing import parse_answer
 from helpers.plots import BLUE, MODEL_COLOURS, ORANGE, plot_differences, plot_images, to_jpeg
-from helpers.runs import RunFolder, write_text
+from helpers.runs import RunFolder, write_file
 from helpers.tiny.packages import draw_package
 from helpers.training import create_detector, load_trained_model
 
@@ -1056,7 +1056,8 @@ def write_card(folder: Path, records: Sequence[dict], rows: Dataset, policy: str
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=80)
         plt.close(figure)
-    write_text(folder / "card.md", describe_card(folder.name, report, [str(record["id"]) for record in worst]))
+    text = describe_card(folder.name, report, [str(record["id"]) for record in worst])
+    write_file(folder / "card.md", text.encode())
 
 
 def find_images(rows: Dataset, records: Sequence[dict]) -> list[Image.Image]:

@@ -51,7 +51,8 @@ def make_settings(base, dataset_folder) -> Callable[..., SimpleNamespace]:
         data = {"train_split": "train", "eval_split": "val", "train_samples": None, "eval_samples": None}
         data |= {"validation_samples": 2, "max_pixels": 66 * 28 * 28, "flip_probability": 0.0}
         steps = {"num_epochs": 1, "max_steps": 4, "batch_size": 2, "gradient_accumulation_steps": 1}
-        steps |= {"gradient_checkpointing": False, "learning_rates": {}, "seed": 0, "report_to": "none"}
+        steps |= {"gradient_checkpointing": False, "cache_features": True, "learning_rates": {}}
+        steps |= {"seed": 0, "report_to": "none"}
         answers = {"eval_batch_size": 2, "max_new_tokens": 40}
         return SimpleNamespace(**names | data | steps | answers | changes)
 

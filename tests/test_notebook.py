@@ -12,7 +12,7 @@ from helpers.export import SCRIPT
 
 METRICS = ["mean_iou", "median_iou", "detection_rate", "iou_gt_0.5", "iou_gt_0.7"]
 RECIPES = ["r1-llm-only", "r2-vision-only", "r3-two-stage", "r4-joint"]
-PLOTS, GRIDS = 11, 4  # figures; grids of photographs, which are JPEG
+PLOTS, GRIDS = 10, 4  # figures; grids of photographs, which are JPEG
 PATHS = {"MODEL_ID": "model", "PROCESSES_MODEL_ID": "model", "DATASET_ID": "dataset", "RUN_DIR": "out"}  # of topics
 
 

@@ -7,11 +7,8 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
-from transformers import Qwen2VLProcessor
 
 from helpers import plots
-from helpers.collators import COLLATORS
-from helpers.conversation import format_answer, to_conversation
 from helpers.generation import Answer
 from helpers.recipes import CATALOGUE
 from helpers.runs import RunFolder
@@ -53,21 +50,6 @@ def test_jpeg_is_a_jpeg_and_closes_its_figure():
     shown = plots.to_jpeg(figure, dpi=50)
     assert shown.data[:3] == b"\xff\xd8\xff"
     assert plt.get_fignums() == []
-
-
-def test_trained_tokens_are_coloured(base):
-    processor = Qwen2VLProcessor.from_pretrained(base)
-    answer = format_answer(["logo"], [[1, 2, 3, 4]])
-    example = {"image": Image.new("RGB", (56, 56)), "messages": to_conversation("Where?", answer)}
-    batch = COLLATORS["v2-assistant-only"](processor)([example])
-    cells = plots.list_token_cells(batch, processor.tokenizer)
-    assert ("4 x image_pad", False) in cells  # four image tokens in one cell
-    words = [text for text, trained in cells if trained]
-    assert (words[0], words[-1]) == ("object_ref_start", "im_end")
-    assert sum(trained for _, trained in cells) == (batch["labels"] != -100).sum()
-    figure = plots.plot_trained_tokens({"v2": batch}, processor.tokenizer)
-    coloured = [patch for patch in figure.axes[0].patches if to_hex(patch.get_facecolor()) == plots.TRUTH_COLOUR]
-    assert len(coloured) == (batch["labels"] != -100).sum()
 
 
 def test_digits_of_an_answer_are_orange():

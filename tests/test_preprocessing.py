@@ -1,18 +1,23 @@
 """What a model is given: image tokens within a budget, patches that can be put together again, kinds of tokens."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from PIL import Image
 from transformers import Qwen2VLProcessor
 
 from helpers.collators import AllTokensCollator, AssistantOnlyCollator
 from helpers.conversation import format_answer, to_conversation
+from helpers.plots import TRUTH_COLOUR
 from helpers.preprocessing import (
     TOKEN_KINDS,
     analyze_token_distribution,
     classify_tokens,
     count_image_tokens,
+    list_token_cells,
+    plot_trained_tokens,
     share_of_padding,
     unpatch,
 )
@@ -101,3 +106,16 @@ def test_kinds_are_counted_once(processor):
 )
 def test_share_of_padding(lengths, multiple, share):
     assert share_of_padding(lengths, 2, multiple) == pytest.approx(share)
+
+
+def test_trained_tokens_are_coloured(processor):
+    batch = AssistantOnlyCollator(processor)([example((56, 56), [1, 2, 3, 4])])
+    cells = list_token_cells(batch, processor.tokenizer)
+    assert ("4 x image_pad", False) in cells  # four image tokens in one cell
+    words = [text for text, trained in cells if trained]
+    assert (words[0], words[-1]) == ("object_ref_start", "im_end")
+    assert sum(trained for _, trained in cells) == (batch["labels"] != -100).sum()
+    figure = plot_trained_tokens({"v2": batch}, processor.tokenizer)
+    coloured = [patch for patch in figure.axes[0].patches if to_hex(patch.get_facecolor()) == TRUTH_COLOUR]
+    plt.close(figure)
+    assert len(coloured) == (batch["labels"] != -100).sum()

@@ -1,10 +1,11 @@
 """What a run leaves on disk, and the comparison that gathers it."""
 
 import json
+import resource
 
 import pytest
 
-from helpers.runs import RunFolder, save_comparison, write_json, write_text
+from helpers.runs import RunFolder, save_comparison, write_file, write_json
 
 
 def record(width, id="a"):
@@ -53,7 +54,12 @@ def test_comparison_names_untrained_models_first(tmp_path):
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     file = tmp_path / "metrics.json"
-    write_text(file, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(file, "new \udc80")  # cannot be written
+    write_file(file, b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, limits[1]))  # as on a full disk: the sixth byte cannot be written
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write_file(file, b"new, and longer")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_text() == "old"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from trl import SFTConfig
 
@@ -15,11 +16,12 @@ from helpers import training
 from helpers.collators import AllTokensCollator
 from helpers.conversation import QUESTION
 from helpers.data import load_splits, to_training_dataset
-from helpers.loading import allocated_megabytes, load_model, release_memory
+from helpers.loading import allocated_megabytes, load_model, load_processor, release_memory
 from helpers.recipes import CATALOGUE
 from helpers.runs import RunFolder, write_json
 from helpers.training import (
     build_trainer,
+    cache_features,
     check_trainable_parameters,
     create_detector,
     create_training_config,
@@ -63,6 +65,54 @@ def _keep_last(monkeypatch):
         return config
 
     monkeypatch.setattr(training, "create_training_config", create)
+
+
+# A frozen vision tower
+
+
+@pytest.fixture
+def two_images(settings, splits):
+    processor = load_processor(settings.model_id, settings.max_pixels)
+    images = [Image.effect_noise(size, 90).convert("RGB") for size in ((224, 168), (168, 224))]
+    batch = processor.image_processor(images=images, return_tensors="pt")
+    return batch["pixel_values"], batch["image_grid_thw"]
+
+
+def test_a_frozen_tower_computes_each_image_once(settings, two_images, tmp_path, monkeypatch):
+    visual = load_model(settings.model_id, False, torch.float32).model.visual.requires_grad_(False)
+    compute, seen = visual.forward, []
+    monkeypatch.setattr(visual, "forward", lambda *a, **k: seen.append(k["grid_thw"].tolist()) or compute(*a, **k))
+    cache_features(visual, tmp_path / "features")
+    first = visual(*two_images).pooler_output
+    assert seen == [[[1, 12, 16]], [[1, 16, 12]]]
+    torch.testing.assert_close(first, compute(*two_images).pooler_output, rtol=1e-4, atol=1e-5)
+    patches, grids = two_images
+    again = visual(patches.flip(0)[:192].flip(0), grids[1:]).pooler_output  # the second image alone
+    assert torch.equal(again, first[48:])
+    assert len(seen) == 2
+    visual(-patches, grids)  # other images
+    assert len(seen) == 4
+
+
+def test_features_of_other_weights_are_not_taken(settings, two_images, tmp_path):
+    for scale in (1.0, 1.5):
+        visual = load_model(settings.model_id, False, torch.float32).model.visual
+        visual.merger.mlp[2].weight.data *= scale
+        expected = visual(*two_images).pooler_output
+        cache_features(visual, tmp_path / "features")
+        torch.testing.assert_close(visual(*two_images).pooler_output, expected, rtol=1e-4, atol=1e-5)
+    assert len(list((tmp_path / "features").iterdir())) == 2
+
+
+def test_kept_features_do_not_change_a_training(make_settings, splits, tmp_path):
+    """The loss of each step with and without them, and with those that another run left."""
+    losses = []
+    for folder, cached in [("without", False), ("with", True), ("again", True)]:
+        settings = make_settings(tmp_path / "runs", cache_features=cached, gradient_checkpointing=cached)
+        run = run_recipe(replace(R1, name=folder), settings, splits)
+        losses.append(run.read_log("eval_loss").tolist())
+    assert losses[1] == losses[2]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 # What is trained

@@ -53,7 +53,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention, appl
 
 from helpers.boxes import from_grid, to_grid
 from helpers.collators import VISION_TOKENS
-from helpers.conversation import PLAIN_PROMPT, PROMPT, format_answer, to_conversation
+from helpers.conversation import PROMPT, format_answer, to_conversation
 from helpers.generation import Detector, generate, to_questions
 from helpers.metrics import match_boxes
 from helpers.parsing import parse_answer
@@ -82,6 +82,7 @@ TABLE_EVERY = 4  # one image in so many shows the tower its nutrition table; of 
 FIRST_SEED = 10**9  # images from here on are for pretraining; those of datasets come before
 FIRST_UNSEEN_SEED = 2 * 10**9  # and those from here on are for the scores
 QUESTION_WEIGHT = 0.1  # of the loss on system message and question: without it the head cannot tell their words apart
+PLAIN_PROMPT = "Detect the bounding box of the {label}."
 NAMING_PROMPT = "Write the label of the {label}."
 EVERYTHING = "object"  # "Detect every object …" is answered with all of LABELS
 MODEL_CARD = """---
@@ -126,9 +127,10 @@ Zero-shot on {score_images} unseen images of six aspect ratios, greedy answers, 
 ## Limits
 
 Drawn packages only, one object of each label an image; the prompt has to be one of those it was trained with
-(`PROMPT` and `PLAIN_PROMPT` in `helpers/conversation.py`). Objects under about 7 % of the image's longer side were
-never labelled. It has read no other sentences than these, and the rows of its output head for the words of prompts are
-still alike (median cosine about 0.4): what is learned from a loss on prompts need not carry over to a real model.
+(`PROMPT` in `helpers/conversation.py`, `PLAIN_PROMPT` in `helpers/tiny/pretrain.py`). Objects under about 7 % of the
+image's longer side were never labelled. It has read no other sentences than these, and the rows of its output head for
+the words of prompts are still alike (median cosine about 0.4): what is learned from a loss on prompts need not carry
+over to a real model.
 """
 Objects = list[tuple[str, tuple[float, float, float, float]]]
 
