@@ -38,7 +38,7 @@
 # > photographs of real packages, which are not in this repository, the recipes of an earlier version of this demo came
 # > out within the noise of each other.
 # > What does carry over is the road, every check on it, and the code. Figures measured on a 7B-sized model say so
-# > where they stand. What others reached with real weights on the real photographs is quoted in section 14.
+# > where they stand. What others reached with real weights on the real photographs is quoted in section 15.
 #
 # What you need to know: PyTorch, and what a transformer is. What you will have at the end: a detector, its measured
 # quality with intervals, and an idea of which checks keep such a result honest. Seven topic notebooks beside this one
@@ -55,8 +55,8 @@
 #   it r3 take 28 GiB (section 7 has the table; `notebooks/06_quantization_and_trainable_params` estimates other
 #   sizes).
 # - `MAX_PIXELS` decides how many tokens an image is, and with it time and memory of every step.
-# - `BATCH_SIZE` times `GRADIENT_ACCUMULATION_STEPS` images make one step of the optimiser. Only the product matters
-#   for what is learned; when memory runs out, lower the first and raise the second.
+# - `BATCH_SIZE` images make one step of the optimiser: that matters for what is learned. How many of them are computed
+#   at once does not; it follows from the free memory (section 10).
 
 # %% tags=["parameters"]
 MODEL_ID = "Qwen/Qwen2-VL-7B-Instruct"  # hub id or folder
@@ -71,11 +71,15 @@ COLLATOR_STEPS = 100  # optimiser steps of each of the two runs that compare col
 TRAIN_SAMPLES = None  # None: all images of the split
 EVAL_SAMPLES = None  # None: all images of the split
 VALIDATION_SAMPLES = 64  # images of the training split that are held back to choose checkpoints with
+EVALUATIONS = 4  # of each run on these images, at equal distances, besides the one before the first step
 MAX_PIXELS = 1003520  # an image costs at most this many pixels; 28 * 28 of them make one token, so 1,280 tokens
-BATCH_SIZE = 2
-GRADIENT_ACCUMULATION_STEPS = 8
-GRADIENT_CHECKPOINTING = True  # less memory, more time: activations are computed twice
+BATCH_SIZE = 16  # images of one optimiser step
+MICRO_BATCH_SIZE = None  # images that are computed at once; None: what fits into the free memory
+GRADIENT_CHECKPOINTING = None  # less memory, more time: activations are computed twice; None: where memory is short
+COMPILE = None  # layers become fused kernels, which takes half a minute; None: on GPUs
+PRECISION = None  # of the frozen language model under LoRA: "bf16", "nf4" or "fp8"; None: the recipe's own
 CACHE_FEATURES = True  # a frozen vision tower sees each image once; 9 MB of disk for an image of 1,280 tokens at 7B
+LORA_RANK = None  # of all adapters, with an alpha of twice that; None: the recipe's own, 64
 LEARNING_RATES = {}  # recipe -> peak learning rate, where it is not to be the recipe's own
 FLIP_PROBABILITY = 0.0  # mirror training images with their boxes: worth its mirrored letters when data are few
 EVAL_BATCH_SIZE = None  # images asked about at once; None: what fits into the free memory
@@ -111,9 +115,11 @@ import shutil
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,13 +142,16 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from IPython.display import Image as DisplayImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from PIL import ExifTags, Image, ImageOps
 from scipy.optimize import linear_sum_assignment
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._triton import has_triton
 from torch.utils.data import DataLoader
 from torchvision.ops import box_iou
 from tqdm import tqdm
-from transformers import AutoConfig, BitsAndBytesConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, BitsAndBytesConfig, LogitsProcessor, LogitsProcessorList
+from transformers import PreTrainedModel
 from transformers import PrinterCallback, ProgressCallback, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
@@ -606,7 +615,7 @@ print("Qwen2.5-VL's pixels read as a grid ", np.round(misread).tolist(), f"IoU {
 # The question states what to look for and how to answer. Base models are asked with the same words that the
 # fine-tuned ones are trained with. Stating the format matters, because a "zero-shot baseline" otherwise measures the
 # prompt rather than the model: on the real photographs the public figures for the untrained 7B model are 0.10 with
-# one prompt and parser and 0.59 with another (section 14).
+# one prompt and parser and 0.59 with another (section 15).
 #
 # The answer is written the way Qwen2-VL was pretrained to write it, with special tokens around label and box. When
 # there are several objects they are listed from the top left, because a model cannot learn an order that changes by
@@ -801,7 +810,7 @@ pd.DataFrame.from_dict(trained_texts, orient="index", columns=columns).style.for
 # %% [markdown]
 # In v1 more than two thirds of the trained tokens are the same in every example. `notebooks/03_data_preprocessing`
 # colours them, for images with several objects too. Which of the two collators gives the better detector is a question
-# for an experiment, in section 11.
+# for an experiment, in section 12.
 #
 # Training examples are made when they are asked for, so that a dataset of phone photographs need not fit in memory
 # and an image can be mirrored in one epoch and not in the next.
@@ -925,13 +934,14 @@ plt.show()
 # "proj"]` would match more than one thinks: `proj` is also the first convolution of the vision tower. A pattern that
 # matches nothing at all stops PEFT with an error, but of a pattern with two halves one half may match nothing, and
 # nobody is told; so what is trained is checked later, area by area. `r4-joint` leaves out the vision tower's
-# `attn.proj` and the merger, as the public run that it follows did (section 14); whether they would help was not tried
+# `attn.proj` and the merger, as the public run that it follows did (section 15); whether they would help was not tried
 # here, and is an exercise at the end.
 
 
 # %%
 #| export recipes: Which weights a recipe trains, and how.
 LLM_LAYERS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+BITS = {"bf16": 16, "nf4": 4, "fp8": 8}  # precisions; bf16 stands for float16 or float32 where there is no bfloat16
 VISION_LAYERS = r".*visual\.blocks\.\d+\.(attn\.qkv|mlp\.fc[12])"
 
 
@@ -941,7 +951,7 @@ class TrainingRecipe:
 
     name: str
     description: str
-    quantized: bool = False  # language model in 4-bit NF4
+    precision: str = "bf16"  # of the frozen layers of the language model, a key of BITS
     train_vision: str = "frozen"  # or "lora", or "full": all weights of the vision tower, merger included
     train_llm: str = "frozen"  # or "lora"
     lora_rank: int = 64
@@ -956,13 +966,19 @@ class TrainingRecipe:
         problems = {
             "train_vision is frozen, lora or full, train_llm is frozen or lora": not known,
             f"collator is one of {', '.join(COLLATORS)}": self.collator not in COLLATORS,
+            f"precision is one of {', '.join(BITS)}": self.precision not in BITS,
             "it either trains something or has stages": frozen != bool(self.stages),
-            "4-bit weights cannot be saved as a full checkpoint": self.quantized and full,
+            "4-bit or 8-bit weights cannot be saved as a full checkpoint": self.precision != "bf16" and full,
             "with LoRA, all else is frozen: train one after the other, in stages": full and self.train_llm == "lora",
             "lora_rank and learning_rate are positive": self.lora_rank < 1 or self.learning_rate <= 0,
         }
         if found := [problem for problem, is_there in problems.items() if is_there]:
             raise ValueError(f"Recipe {self.name!r}: {found[0]}.")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the language model is loaded in 4 bits; to 8 bits it is converted after loading."""
+        return self.precision == "nf4"
 
     @property
     def lora_target_modules(self) -> str | None:
@@ -973,7 +989,7 @@ class TrainingRecipe:
 
 # %%
 #| export recipes
-R1 = TrainingRecipe("r1-llm-only", "QLoRA on the language model", quantized=True, train_llm="lora")
+R1 = TrainingRecipe("r1-llm-only", "QLoRA on the language model", precision="nf4", train_llm="lora")
 R2 = TrainingRecipe("r2-vision-only", "all weights of the vision tower", train_vision="full", learning_rate=1e-5)
 R3 = TrainingRecipe("r3-two-stage", "r2, then r1 from its weights", stages=("r2-vision-only", "r1-llm-only"))
 R4 = replace(R1, name="r4-joint", description="r1 and LoRA on the vision tower", train_vision="lora")
@@ -994,7 +1010,7 @@ def plot_recipes(recipes: dict[str, TrainingRecipe]) -> plt.Figure:
     """What each recipe trains, a line a stage: orange is trained whole, light orange is LoRA, grey is frozen."""
     stages = [(name, recipes[stage]) for name, recipe in recipes.items() for stage in recipe.stages or [name]]
     looks = {"frozen": ("frozen", "#eeeeee"), "lora": ("frozen + LoRA", "#f9d3a8"), "full": ("all trained", ORANGE)}
-    cells = [[(s.train_vision, 16), (s.train_llm, 4 if s.quantized else 16)] for _, s in stages]
+    cells = [[(s.train_vision, 16), (s.train_llm, BITS[s.precision])] for _, s in stages]
     texts = [[f"{looks[mode][0]}, {bits} bits" for mode, bits in row] for row in cells]
     colours = [[looks[mode][1] for mode, _ in row] for row in cells]
     names = [name if name == step.name else f"{name}: {step.name[:2]}" for name, step in stages]
@@ -1014,7 +1030,7 @@ plt.show()
 # Four answers to one question: when a model does not find an object, is it because it does not see it, or because it
 # does not know what to write? r1 trains the writing alone, r2 the seeing alone, r3 one after the other, r4 both at
 # once. `r3-two-stage` trains r2 first, then r1 on its result. (16 bits: on a CPU, 32.) What each recipe will train can
-# be counted on the empty model, before anything is loaded. The same functions prepare the real model in section 10.
+# be counted on the empty model, before anything is loaded. The same functions prepare the real model in section 11.
 
 
 # %%
@@ -1124,7 +1140,7 @@ print(model.model.language_model.layers[0].mlp)
 # per trained parameter for AdamW (12 bytes each in all, in float32), and the activations that the backward pass needs.
 # LoRA makes the first small, gradient checkpointing the second: it keeps only the inputs of each layer and computes
 # the rest again. Measured on one H200 with random weights of the 7B shape, 1,225 image tokens per image and gradient
-# checkpointing (the default), peak of a training step:
+# checkpointing, peak of a training step:
 #
 # | recipe | trained | micro-batch 1 | micro-batch 2 |
 # |---|---|---|---|
@@ -1168,17 +1184,31 @@ class Detector:
     batch_size: int | None = None  # None: what fits into the free memory
 
 
-def to_questions(images: Sequence[Image.Image], detector: Detector) -> dict[str, torch.Tensor]:
-    """The detector's question about each image as one batch of processor tensors, padded on the left.
-
-    Questions of unequal length are padded to a multiple of 8.
-    """
+def to_question(image: Image.Image, detector: Detector) -> dict[str, torch.Tensor]:
+    """The detector's question about one image as processor tensors."""
     messages = to_conversation(detector.prompt)
     text = detector.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    padding = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-    padding |= {"pad_to_multiple_of": 8} if len({image.size for image in images}) > 1 else {}
-    batch = dict(detector.processor(text=[text] * len(images), images=[[image] for image in images], **padding))
-    return batch | {"pixel_values": batch["pixel_values"].to(detector.model.dtype)}
+    question = dict(detector.processor(text=[text], images=[[image]], return_tensors="pt"))
+    return question | {"pixel_values": question["pixel_values"].to(detector.model.dtype)}
+
+
+def join_questions(questions: Sequence[dict[str, torch.Tensor]], detector: Detector) -> dict[str, torch.Tensor]:
+    """Questions about single images as one batch; if lengths differ, padded on the left to a multiple of 8."""
+    lengths = {question["input_ids"].shape[1] for question in questions}
+    longest = 8 * math.ceil(max(lengths) / 8) if len(lengths) > 1 else max(lengths)
+    batch = {}
+    for name, tensor in questions[0].items():
+        rows = [question[name] for question in questions]
+        if tensor.shape == questions[0]["input_ids"].shape:
+            fill = detector.processor.tokenizer.pad_token_id if name == "input_ids" else 0
+            rows = [torch.nn.functional.pad(row, (longest - row.shape[1], 0), value=fill) for row in rows]
+        batch[name] = torch.cat([row.to(detector.model.device) for row in rows])
+    return batch
+
+
+def to_questions(images: Sequence[Image.Image], detector: Detector) -> dict[str, torch.Tensor]:
+    """The detector's question about each image as one batch of processor tensors: see `join_questions`."""
+    return join_questions([to_question(image, detector) for image in images], detector)
 
 
 # %%
@@ -1527,18 +1557,20 @@ def ask_in_batches(detector: Detector, rows: Dataset, show_progress: bool) -> li
     sizes = [resized_size(width, height, **budget) for width, height, _ in read_headers(rows)]
     order = np.argsort([-width * height for width, height in sizes], kind="stable")
 
-    def prepare(numbers: Sequence[int]) -> tuple[Sequence[int], list[dict], dict[str, torch.Tensor]]:
-        chosen = [rows[int(number)] for number in numbers]
-        records = [to_record(row, sizes[number]) for number, row in zip(numbers, chosen, strict=True)]
-        return numbers, records, to_questions([read_row(row)[0] for row in chosen], detector)
+    def prepare(number: int) -> tuple[int, dict, dict[str, torch.Tensor]]:
+        row = rows[int(number)]
+        return number, to_record(row, sizes[number]), to_question(read_row(row)[0], detector)
 
     workers, done = min(8, os.cpu_count() // 2) if torch.cuda.is_available() else 0, {}
-    batches = DataLoader(order, detector.batch_size, collate_fn=prepare, num_workers=workers)
+    ahead = {"num_workers": workers, "prefetch_factor": max(2, detector.batch_size // workers) if workers else None}
+    prepared = iter(DataLoader(order, batch_size=None, collate_fn=prepare, **ahead))
     with tqdm(total=len(rows), desc="evaluating", unit="image", disable=not show_progress) as progress:
-        for numbers, records, questions in batches:
-            for number, record, answer in zip(numbers, records, generate(detector, questions), strict=True):
+        while batch := list(islice(prepared, detector.batch_size)):
+            numbers, records, questions = zip(*batch, strict=True)
+            answers = generate(detector, join_questions(questions, detector))
+            for number, record, answer in zip(numbers, records, answers, strict=True):
                 done[number] = add_answer(record, answer, detector.model.config.model_type)
-            progress.update(len(numbers))
+            progress.update(len(batch))
     return [done[number] for number in range(len(rows))]
 
 
@@ -1815,7 +1847,326 @@ RunFolder(output_dir / "base").write_records(base_records)
 print((output_dir / "base/predictions.jsonl").read_text().splitlines()[0])
 
 # %% [markdown]
-# ## 10. Training
+# ## 10. Making it fast
+#
+# The plain way to fine-tune a 7B model uses a quarter of what the GPU can do. What was done about it here, in the
+# order of what it gains. All of it but the 8 bits is on where it holds, and changes what is computed by no more than
+# rounding. Measured on one H200 with random weights of the 7B shape, 1,225 image tokens per image and 16 images a
+# step; "stock" is TRL as its documentation shows it, without checkpointing (`python -m helpers.benchmark`):
+#
+# | images per second, GiB that PyTorch took at most | r1 | r2 | r4 |
+# |---|---|---|---|
+# | stock: 2 images at once, 8 times | 4.5, 34 | 4.2, 62 | 2.9, 52 |
+# | as planned here | **11.5**, 115 | **6.7**, 117 | **6.2**, 118 |
+# | with `PRECISION = "fp8"` | 15.5, 128 | | 6.7, 74 |
+# | planned for a GPU of 24 GB | 8.0, 16 | | 4.5, 20 |
+# | images of four sizes: stock, as planned | 3.9, 11.6 | | 2.9, 5.5 |
+#
+# Left out one at a time, r1 falls from 11.5 to 4.5 with 2 images at once and activations computed twice, to 7.8
+# without compiling, and to 8.7 without keeping features. Over 30 steps its mean loss differs from that of stock (the
+# vision tower in 16 bits in both) by 0.7 %.
+#
+# **Many images at once, activations kept if there is room.** Gradient checkpointing computes each layer twice to save
+# memory. Where memory is not short, that is a third more work for nothing. So the plan is made from the free memory:
+# as many images at once as fit without checkpointing, and if that is less than four, with it. What one step of the
+# optimiser learns from, `BATCH_SIZE` images, stays the same; the data loader hands it over whole, and it is computed
+# in micro-batches. More images at once keep a GPU busy whose kernels end sooner than Python can launch the next.
+#
+# The estimate counts what backward needs of each layer, in numbers per token: `6 width + 3.6 inner width` where it is
+# trained, `4 width + 2.5 inner width` where gradients only pass through. The factors were chosen to be above what was
+# measured at 7B. When memory runs out all the same, the micro-batch is halved, and the step is computed again.
+
+
+# %%
+#| export speed: What makes training fast: a memory plan, micro-batches, compiled layers, kept features, 8 bits.
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a step is computed: images at once, whether activations are computed twice, the estimated peak in bytes."""
+
+    micro_batch_size: int
+    checkpointing: bool
+    peak: float
+
+
+def count_activations(model: PreTrainedModel, recipe: TrainingRecipe, checkpointing: bool, max_pixels: int) -> float:
+    """Numbers that the backward pass needs of one image of `max_pixels` pixels and its conversation; from above."""
+    text, vision = model.config.get_text_config(), model.config.vision_config
+    patches = max_pixels / vision.patch_size**2
+    tokens = patches / vision.spatial_merge_size**2 + 128
+    inner = vision.embed_dim * vision.mlp_ratio
+    towers = [(tokens, text.hidden_size, text.intermediate_size, text.num_hidden_layers, recipe.train_llm != "frozen")]
+    if recipe.train_vision != "frozen":
+        towers.append((patches, vision.embed_dim, inner, vision.depth, True))
+    total, largest = 0.0, 0.0
+    for count, width, inner, depth, is_trained in towers:
+        layer = count * (6 * width + 3.6 * inner if is_trained else 4 * width + 2.5 * inner)
+        total += depth * (count * width if checkpointing else layer)
+        largest = max(largest, layer)
+    return total + 3 * largest if checkpointing else total
+
+
+def count_trained(model: PreTrainedModel, recipe: TrainingRecipe) -> int:
+    """Numbers that a recipe will train: rank x (in + out) for each layer with LoRA, or all of the vision tower."""
+    pattern = re.compile(recipe.lora_target_modules or "nothing")
+    layers = [layer for name, layer in model.named_modules() if pattern.fullmatch(name)]
+    whole = sum(p.numel() for p in model.model.visual.parameters()) if recipe.train_vision == "full" else 0
+    return whole + sum(recipe.lora_rank * (layer.in_features + layer.out_features) for layer in layers)
+
+
+def free_memory() -> int:
+    """Bytes that can still be taken, of all visible GPUs together; without a GPU, of the machine's memory."""
+    if not torch.cuda.is_available():
+        return psutil.virtual_memory().available
+    return sum(torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count()))
+
+
+def can_compile(settings: SimpleNamespace) -> bool:
+    """Whether layers are to be compiled: as COMPILE says, else where there is a GPU that it works on."""
+    if settings.compile is not None:
+        return settings.compile
+    if torch.cuda.is_available() and not has_triton():
+        print("layers are not compiled: Triton is missing or does not know this GPU")
+    return torch.cuda.is_available() and has_triton()
+
+
+def plan_memory(detector: Detector, recipe: TrainingRecipe, settings: SimpleNamespace, free: float) -> MemoryPlan:
+    """The largest micro-batch that fits into 95 % of `free` bytes without checkpointing; if that is under 4, with it.
+
+    MICRO_BATCH_SIZE and GRADIENT_CHECKPOINTING of the settings take its place where they are given.
+    """
+    pixels = pixel_budget(detector.processor)["max_pixels"]
+    # in float32: weight, gradient, two moments; a vision tower that is trained whole was loaded in 16 bits before
+    fixed = count_trained(detector.model, recipe) * (14 if recipe.train_vision == "full" else 16)
+    sizes = [settings.micro_batch_size] if settings.micro_batch_size else halvings(settings.batch_size)
+    asked, plans = settings.gradient_checkpointing, []
+    for checkpointing in [False, True] if asked is None else [asked]:
+        image = best_dtype().itemsize * count_activations(detector.model, recipe, checkpointing, pixels)
+        image *= 1 if can_compile(settings) else 1.5  # layers that are not compiled keep more
+        plans += [MemoryPlan(size, checkpointing, fixed + size * image) for size in sizes]
+    enough = min(4, sizes[0])
+    fitting = [plan for plan in plans if plan.peak < 0.95 * free]
+    return next((p for p in fitting if p.checkpointing or p.micro_batch_size >= enough), plans[-1])
+
+
+def describe_plan(plan: MemoryPlan) -> str:
+    """What was planned, in a sentence."""
+    how = "activations computed twice" if plan.checkpointing else "activations kept"
+    return f"{plan.micro_batch_size} images at once, {how}: about {plan.peak / 2**30:.1f} GiB besides the loaded model"
+
+
+def halvings(size: int) -> list[int]:
+    """16, 8, 4, 2, 1 for 16."""
+    return [size, *halvings(size // 2)] if size > 1 else [1]
+
+
+# %%
+columns = {}
+for gibibytes in (0.1, 0.3, 1, 24):
+    plans = [plan_memory(base, recipe, settings, gibibytes * 2**30) for recipe in (R1, R2, R4)]
+    columns[f"{gibibytes} GiB free"] = [describe_plan(plan) for plan in plans]
+pd.DataFrame(columns, index=[recipe.name for recipe in (R1, R2, R4)]).style
+
+
+# %%
+#| export speed
+def split_batch(batch: dict[str, torch.Tensor], size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Micro-batches of `size` rows of like length, the longest first; columns that none of the rows uses are cut off.
+
+    `batch` is what a collator made, one image a row; rows stay a multiple of 8 tokens long.
+    """
+    if len(batch["input_ids"]) <= size:
+        return (yield batch)
+    mask, grid = batch["attention_mask"].bool(), batch["image_grid_thw"]
+    images = batch["pixel_values"].split(grid.prod(dim=1).tolist())
+    for rows in mask.sum(dim=1).argsort(descending=True, stable=True).split(size):
+        columns = slice(8 * math.ceil(mask[rows].sum(dim=1).max().item() / 8))  # padding is on the right
+        part = {name: tensor[rows, columns] for name, tensor in batch.items() if tensor.shape[:2] == mask.shape}
+        yield part | {"pixel_values": torch.cat([images[row] for row in rows]), "image_grid_thw": grid[rows]}
+
+
+# %% [markdown]
+# **Layers are compiled.** Between its matrix products a layer does many small things: norms, activations, rotations.
+# `torch.compile` makes a few kernels of them. Each layer is compiled by itself, so that all layers of a kind share one
+# compilation; it takes about half a minute. If shapes change too often, PyTorch goes back to the slow road without a
+# word; here that is an error. While a model writes answers it is not compiled: their shapes change with every token.
+
+
+# %%
+#| export speed
+def describe_compilation() -> str:
+    """What torch.compile made of the layers since `compile_layers`."""
+    counters = torch._dynamo.utils.counters
+    breaks = sum(counters["graph_break"].values())
+    return f"compiled {counters['frames']['ok']} of {counters['frames']['total']} frames, {breaks} graph breaks"
+
+
+def compile_layers(model: PreTrainedModel, recipe: TrainingRecipe) -> None:
+    """Compile each decoder layer, and each block of a vision tower that is trained. Raises where it falls back."""
+    torch._dynamo.reset()  # what was compiled for another recipe counts towards the limit of recompilations
+    torch._dynamo.utils.counters.clear()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    blocks = [] if recipe.train_vision == "frozen" else model.model.visual.blocks
+    for layer in [*model.model.language_model.layers, *blocks]:
+        layer.compile()
+
+
+# %% [markdown]
+# **A frozen vision tower sees each image once.** It gives the same features for the same image in every epoch. So in
+# r1 and in the second stage of r3 they are kept on disk, in `OUTPUT_DIR/features`, under a hash of the tower's weights
+# and of the image as the processor made it. A mirrored image, another pixel budget, or other weights are another hash,
+# so that nothing stale can be found. The runs of the next sections and every evaluation on the way share what they
+# have in common.
+
+
+# %%
+#| export speed
+def hash_tensors(tensors: Iterable[torch.Tensor]) -> str:
+    """xxHash of the bytes of some tensors, in hexadecimal digits."""
+    digest = xxhash.xxh3_128()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def cache_features(visual: PreTrainedModel, folder: Path) -> None:
+    """Let a frozen vision tower compute the features of each image once; they are kept in `folder`.
+
+    Images go through it one at a time and without autocast, so that their features do not depend on the batch.
+    """
+    compute, weights = visual.forward, hash_tensors(visual.parameters())
+
+    def recall(patches: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        file = folder / weights / f"{hash_tensors([patches, grid])}.safetensors"
+        try:
+            return safetensors.torch.load_file(file, device=str(patches.device))["features"]
+        except FileNotFoundError:
+            with torch.autocast(patches.device.type, enabled=False):
+                features = compute(patches, grid_thw=grid).pooler_output
+            write_file(file, safetensors.torch.save({"features": features.contiguous()}))
+            return features
+
+    def forward(hidden_states: torch.Tensor, grid_thw: torch.Tensor, **options) -> BaseModelOutputWithPooling:
+        images = zip(hidden_states.split(grid_thw.prod(dim=1).tolist()), grid_thw.split(1), strict=True)
+        return BaseModelOutputWithPooling(pooler_output=torch.cat([recall(*image) for image in images]))
+
+    visual.forward = forward
+
+
+# %% [markdown]
+# **Attention in the vision tower, all images at once.** The patches of a batch are one long row, and each patch may
+# look at its own image only. transformers cuts the row into images and goes through them in a loop, in every block,
+# and asks the GPU for their lengths each time. Images of equal size can be stacked instead.
+
+
+# %%
+#| export speed
+PACKED = "packed_sdpa_not_flash"  # transformers hands the lengths of the images to names that hold "flash"
+
+
+def attend_images(module, query, key, value, attention_mask=None, cu_seq_lens_q=None, max_length_q=None, **options):
+    """Attention within each of several packed images, (1, heads, patches, width); images of equal size at once."""
+    images, packed = len(cu_seq_lens_q) - 1, (query, key, value)
+    if images * max_length_q == query.shape[2]:  # the mean length is the largest: all are equal
+        stacked = [tensor[0].unflatten(1, (images, max_length_q)).transpose(0, 1) for tensor in packed]
+        return scaled_dot_product_attention(*stacked).transpose(1, 2).flatten(0, 1)[None], None
+    lengths = cu_seq_lens_q.diff().tolist()
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in packed), strict=True)
+    return torch.cat([scaled_dot_product_attention(*part).transpose(1, 2) for part in parts], dim=1), None
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Let the vision tower attend through `attend_images`."""
+    AttentionInterface.register(PACKED, attend_images)
+    model.model.visual.config._attn_implementation = PACKED
+
+
+# %%
+questions, visual = to_questions(sample_images, base), deepcopy(base.model.model.visual)
+cache_features(visual, output_dir / "features")
+for kind in ("computed", "recalled"):
+    clock = time.perf_counter()
+    features = visual(questions["pixel_values"], grid_thw=questions["image_grid_thw"]).pooler_output.cpu()
+    print(f"features {tuple(features.shape)} {kind} in {1000 * (time.perf_counter() - clock):.0f} ms")
+
+# %% [markdown]
+# **Frozen matrices in 8 bits.** NF4 saves memory and costs time, since every multiplication unpacks the weights first.
+# GPUs since Ada and Hopper multiply numbers of 8 bits (e4m3: 4 bits of exponent, 3 of fraction) twice as fast as those
+# of 16. Weights get a scale for each row once, and what comes in gets one for each token on the way. Only frozen
+# layers of the language model can take it, and it is on for no recipe by default: `PRECISION = "fp8"`.
+#
+# What does it cost? r1 and r4 on the tiny base on one H200, three seeds each, 240 steps, rank 64, mean IoU on 512
+# unseen images (`python -m helpers.train_recipe --recipe r4-joint --parameters helpers/tiny/demo.yaml`, with
+# `--precision fp8`, `--seed`, `--max-steps 240 --lora-rank 64`, and a dataset drawn with `--validation 512`):
+#
+# | | nf4 | bf16 | fp8 | fp8 - nf4, three seeds together |
+# |---|---|---|---|---|
+# | r1 | 0.708, 0.696, 0.702 | 0.704, 0.669, 0.672 | 0.703, 0.682, 0.689 | -0.011 [-0.016, -0.005] |
+# | r4 | 0.828, 0.825, 0.791 | 0.820, 0.802, 0.818 | 0.824, 0.822, 0.816 | +0.006 [+0.002, +0.011] |
+#
+# One interval says worse, the other better: they know of other images, not of other seeds, and from seed to seed the
+# same precision moves by up to 0.037. Merged into 16 bits, each of the 18 models stayed within 0.003 of itself. So a
+# loss by 8 bits is not shown, and neither is that there is none.
+
+
+# %%
+#| export speed
+def to_float8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows in 8 bits, and what to multiply each with to get it back: (rows, 1), float32."""
+    scale = rows.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return (rows / scale).to(torch.float8_e4m3fn), scale
+
+
+class Float8Product(torch.autograd.Function):
+    """x W^T with both in 8 bits, a scale for each row; the gradient of x in the same way, none for W."""
+
+    @staticmethod
+    def forward(context, x, weight, weight_transposed, scale):
+        context.save_for_backward(weight_transposed, scale)
+        rows, row_scale = to_float8(x.flatten(0, -2))
+        product = torch._scaled_mm(rows, weight.t(), row_scale, scale, out_dtype=x.dtype, use_fast_accum=True)
+        return product.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(context, gradient):
+        weight_transposed, scale = context.saved_tensors
+        rows, row_scale = to_float8(gradient.flatten(0, -2) * scale.to(gradient.dtype))  # W's rows are its columns
+        ones, dtype = torch.ones(1, weight_transposed.shape[0], device=gradient.device), gradient.dtype
+        product = torch._scaled_mm(rows, weight_transposed.t(), row_scale, ones, out_dtype=dtype, use_fast_accum=True)
+        return product.unflatten(0, gradient.shape[:-1]), None, None, None
+
+
+class Float8Linear(torch.nn.Linear):
+    """A frozen linear layer in 8 bits. The matrix is kept twice, since the GPU reads the second factor by columns."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product = Float8Product.apply(x.bfloat16(), self.weight, self.weight_transposed, self.scale)
+        return product if self.bias is None else product + self.bias
+
+
+def convert_to_float8(model: torch.nn.Module) -> None:
+    """Turn every frozen linear layer of the language model into one of 8 bits, where the GPU can multiply them."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        return print("8-bit products need an Ada or Hopper GPU: the language model stays in 16 bits")
+    for name, layer in model.named_modules():
+        if type(layer) is torch.nn.Linear and "language_model" in name and "lora_" not in name:
+            quantized, scale = to_float8(layer.weight.data)
+            layer.__class__, layer.weight = Float8Linear, torch.nn.Parameter(quantized, requires_grad=False)
+            layer.register_buffer("weight_transposed", quantized.t().contiguous(), persistent=False)
+            layer.register_buffer("scale", scale.t().contiguous(), persistent=False)
+
+
+# %% [markdown]
+# The error of one product, in relation to its size, for a matrix of random numbers:
+
+# %%
+layer, x = torch.nn.Linear(1024, 1024, bias=False).requires_grad_(False), torch.randn(64, 1024)
+example = torch.nn.ModuleDict({"language_model": torch.nn.ModuleList([layer])})
+exact = layer(x)
+convert_to_float8(example)
+print(f"FP8 against {exact.dtype}: {(layer(x) - exact).norm() / exact.norm():.1%} off")
+
+# %% [markdown]
+# ## 11. Training
 #
 # The loop itself is the usual one: AdamW, a learning rate that rises over the first 3 % of the steps and then falls
 # along a cosine, gradients clipped at a norm of 1, the next-token loss on the labelled tokens. TRL's `SFTTrainer` runs
@@ -1837,12 +2188,12 @@ print((output_dir / "base/predictions.jsonl").read_text().splitlines()[0])
 #| export training
 OPTIMISATION = {"optim": "adamw_torch_fused", "lr_scheduler_type": "cosine", "warmup_steps": 0.03}  # 0.03 of all steps
 EXAMPLES = {"max_length": None, "remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
-EVALUATIONS = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 0.25, "prediction_loss_only": True}
-CHECKPOINTS = {"save_strategy": "steps", "save_steps": 0.25, "save_total_limit": 1}  # the last, besides the best
+VALIDATION = {"eval_on_start": True, "eval_strategy": "steps", "prediction_loss_only": True}
+CHECKPOINTS = {"save_strategy": "steps", "save_total_limit": 1}  # the last, besides the best
 SELECTION = {"load_best_model_at_end": True, "metric_for_best_model": "selection", "greater_is_better": True}
 
 
-def create_training_config(recipe: TrainingRecipe, settings: SimpleNamespace) -> SFTConfig:
+def create_training_config(recipe: TrainingRecipe, settings: SimpleNamespace, plan: MemoryPlan) -> SFTConfig:
     """TRL's settings for a run, which writes into OUTPUT_DIR/<recipe's name>; precision follows from the hardware."""
     on_gpu, dtype = torch.cuda.is_available(), best_dtype()
     config = SFTConfig(
@@ -1851,10 +2202,9 @@ def create_training_config(recipe: TrainingRecipe, settings: SimpleNamespace) ->
         learning_rate=recipe.learning_rate,
         num_train_epochs=settings.num_epochs,
         max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        per_device_train_batch_size=max(1, settings.batch_size // int(os.environ.get("WORLD_SIZE", 1))),
+        per_device_eval_batch_size=plan.micro_batch_size,
+        gradient_checkpointing=plan.checkpointing,
         use_cpu=not on_gpu,  # else torchrun would not connect its processes on a CPU
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
@@ -1865,7 +2215,9 @@ def create_training_config(recipe: TrainingRecipe, settings: SimpleNamespace) ->
         disable_tqdm=True,  # TrainingProgress takes its place
         **OPTIMISATION,
         **EXAMPLES,
-        **EVALUATIONS,
+        eval_steps=1 / settings.evaluations,  # of all steps
+        save_steps=1 / settings.evaluations,
+        **VALIDATION,
         **CHECKPOINTS,
         **SELECTION,
     )
@@ -1875,9 +2227,21 @@ def create_training_config(recipe: TrainingRecipe, settings: SimpleNamespace) ->
 
 
 # %%
-config = create_training_config(replace(R1, name="example"), settings)
-parts = [config.per_device_train_batch_size, config.gradient_accumulation_steps, config.world_size]
-print("effective batch = micro-batch x accumulation x processes =", *parts, "->", math.prod(parts), "images a step")
+#| export training
+class TrainingProgress(ProgressCallback):
+    """One bar with the latest loss, the same in notebooks, terminals and log files."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.current_step = state.global_step
+        self.training_bar = tqdm(total=state.max_steps, initial=self.current_step, unit="step", mininterval=5)
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+
+    def on_prediction_step(self, *arguments, **options):
+        """No bar for the validation loss."""
+
 
 # %% [markdown]
 # `notebooks/05_dtype_and_device` takes the effective batch apart.
@@ -1929,21 +2293,23 @@ except RuntimeError as error:
 class DetectionTrainer(SFTTrainer):
     """SFTTrainer that trains a detector, and asks it about `validation_rows` at every evaluation."""
 
-    def __init__(self, detector: Detector, validation_rows: Dataset, **arguments):
+    def __init__(self, detector: Detector, validation_rows: Dataset, micro_batch_size: int, **arguments):
         super().__init__(model=detector.model, processing_class=detector.processor, **arguments)
         self.detector, self.validation_rows = replace(detector, model=self.model), validation_rows
+        self.micro_batch_size = micro_batch_size
 
     def evaluate(self, *arguments, **options) -> dict[str, float]:
         """The loss as usual, the mean IoU, and `eval_selection`, by which the best checkpoint is chosen."""
-        metrics = super().evaluate(*arguments, **options)
-        records = evaluate_detector(self.detector, self.validation_rows, show_progress=False)
+        with torch.compiler.set_stance("force_eager"):
+            metrics = super().evaluate(*arguments, **options)
+            records = evaluate_detector(self.detector, self.validation_rows, show_progress=False)
         mean_iou = summarize(records)["mean_iou"]
         self.log({"eval_mean_iou": mean_iou})
         return metrics | {"eval_mean_iou": mean_iou, "eval_selection": mean_iou - 1e-6 * metrics["eval_loss"]}
 
-    def training_step(self, *arguments, **options) -> torch.Tensor:
-        """A step as usual; logs gradient norms by area. Raises RuntimeError where an area gets none, or one of NaN."""
-        loss = super().training_step(*arguments, **options)
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """A step in micro-batches; logs gradient norms by area. Raises RuntimeError where one is 0, or no number."""
+        loss = self.add_gradients(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients and self.state.global_step % self.args.logging_steps == 0:
             scaler = self.accelerator.scaler  # in float16 only; it skips steps whose gradients overflow
             scale = scaler.get_scale() if scaler else 1.0
@@ -1953,6 +2319,21 @@ class DetectionTrainer(SFTTrainer):
                 remedy = "0: check freezing and LoRA targets; nan or inf: check the loss, precision and padding"
                 raise RuntimeError(f"Trained, but without a usable gradient: {norms}. {remedy}.")
         return loss
+
+    def add_gradients(self, model, inputs, num_items_in_batch) -> torch.Tensor:
+        """Loss of a batch, and its gradients; where memory runs out, once more in micro-batches of half the size."""
+        try:
+            parts = split_batch(inputs, self.micro_batch_size)
+            return sum(super(DetectionTrainer, self).training_step(model, part, num_items_in_batch) for part in parts)
+        except torch.cuda.OutOfMemoryError as error:
+            if self.micro_batch_size == 1:
+                remedy = "Set GRADIENT_CHECKPOINTING=True, PRECISION='nf4', or a lower MAX_PIXELS."
+                raise RuntimeError(f"A single image does not fit into the memory. {remedy}") from error
+        self.micro_batch_size //= 2
+        print(f"out of memory: going on with {self.micro_batch_size} images at once")
+        model.zero_grad()
+        release_memory()
+        return self.add_gradients(model, inputs, num_items_in_batch)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Adapters as usual; of other models the trained weights, by their names in memory."""
@@ -1977,79 +2358,26 @@ def gradient_norms(model: torch.nn.Module) -> dict[str, float]:
     return {area: torch.nn.utils.get_total_norm(tensors).item() for area, tensors in by_area.items()}
 
 
-class TrainingProgress(ProgressCallback):
-    """One bar with the latest loss, the same in notebooks, terminals and log files."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.current_step = state.global_step
-        self.training_bar = tqdm(total=state.max_steps, initial=self.current_step, unit="step", mininterval=5)
-
-    def on_log(self, args, state, control, logs, **kwargs):
-        if "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
-
-    def on_prediction_step(self, *arguments, **options):
-        """No bar for the validation loss."""
-
-
-# %% [markdown]
-# A vision tower that is frozen gives the same features for the same image in every epoch. So in r1 and in the second
-# stage of r3 each image goes through it once: its features are kept on disk, in `OUTPUT_DIR/features`, under a hash of
-# the tower's weights and of the image as the processor made it. A mirrored image, another pixel budget, or other
-# weights are another hash, so that nothing stale can be found. The runs of the next section, r1, and every evaluation
-# on the way share what they have in common.
-
-
-# %%
-#| export training
-def hash_tensors(tensors: Iterable[torch.Tensor]) -> str:
-    """xxHash of the bytes of some tensors, in hexadecimal digits."""
-    digest = xxhash.xxh3_128()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def cache_features(visual: PreTrainedModel, folder: Path) -> None:
-    """Let a frozen vision tower compute the features of each image once; they are kept in `folder`.
-
-    Images go through it one at a time and without autocast, so that their features do not depend on the batch.
-    """
-    compute, weights = visual.forward, hash_tensors(visual.parameters())
-
-    def recall(patches: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        file = folder / weights / f"{hash_tensors([patches, grid])}.safetensors"
-        try:
-            return safetensors.torch.load_file(file, device=str(patches.device))["features"]
-        except FileNotFoundError:
-            with torch.autocast(patches.device.type, enabled=False):
-                features = compute(patches, grid_thw=grid).pooler_output
-            write_file(file, safetensors.torch.save({"features": features.contiguous()}))
-            return features
-
-    def forward(hidden_states: torch.Tensor, grid_thw: torch.Tensor, **options) -> BaseModelOutputWithPooling:
-        images = zip(hidden_states.split(grid_thw.prod(dim=1).tolist()), grid_thw.split(1), strict=True)
-        return BaseModelOutputWithPooling(pooler_output=torch.cat([recall(*image) for image in images]))
-
-    visual.forward = forward
-
-
 # %%
 #| export training
 def build_trainer(
     detector: Detector, recipe: TrainingRecipe, settings: SimpleNamespace, splits: Splits
 ) -> DetectionTrainer:
     """A trainer for what the recipe trains, in float32. Raises RuntimeError if it would train anything else."""
-    apply_freeze_policy(detector.model, recipe)
+    model = detector.model
+    apply_freeze_policy(model, recipe)
+    use_packed_attention(model)
     if settings.cache_features and recipe.train_vision == "frozen":
-        cache_features(detector.model.model.visual, Path(settings.output_dir) / "features")
-    for module in detector.model.modules():
+        cache_features(model.model.visual, Path(settings.output_dir) / "features")
+    plan = plan_memory(detector, recipe, settings, free_memory())
+    for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
     trainer = DetectionTrainer(
         detector,
         splits.validation,
-        args=create_training_config(recipe, settings),
+        plan.micro_batch_size,
+        args=create_training_config(recipe, settings, plan),
         train_dataset=to_training_dataset(splits.train, detector.prompt, settings.flip_probability),
         eval_dataset=to_training_dataset(splits.validation, detector.prompt, flip_probability=0.0),
         data_collator=COLLATORS[recipe.collator](detector.processor),
@@ -2061,6 +2389,11 @@ def build_trainer(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     check_trainable_parameters(trainer.model, recipe)
+    if recipe.precision == "fp8":
+        convert_to_float8(model)
+    if can_compile(settings):
+        compile_layers(model, recipe)
+    print(describe_plan(plan))
     return trainer
 
 
@@ -2094,8 +2427,7 @@ def run_recipe(
     Of a recipe in two stages the first one goes into the folder's `stage1`; `start` takes its place.
     """
     stages = [CATALOGUE[name] for name in recipe.stages] or [recipe]
-    rates = [settings.learning_rates.get(stage.name, stage.learning_rate) for stage in stages]
-    stages = [replace(stage, learning_rate=rate) for stage, rate in zip(stages, rates, strict=True)]
+    stages = [adjust(stage, settings) for stage in stages]
     if recipe.stages and start is None:
         stage1 = RunFolder(Path(settings.output_dir) / recipe.name / "stage1")
         if not (stage1.is_trained and find_checkpoint(stage1.path.parent)):
@@ -2103,6 +2435,16 @@ def run_recipe(
             release_memory()
         start = stage1.path
     return train(replace(stages[-1], name=recipe.name), settings, splits, str(start or settings.model_id))
+
+
+def adjust(recipe: TrainingRecipe, settings: SimpleNamespace) -> TrainingRecipe:
+    """A recipe with the learning rate, precision and rank that the settings name for it, if they do."""
+    changes = {"learning_rate": settings.learning_rates.get(recipe.name, recipe.learning_rate)}
+    if settings.precision and recipe.train_llm == "lora":
+        changes["precision"] = settings.precision
+    if settings.lora_rank:
+        changes |= {"lora_rank": settings.lora_rank, "lora_alpha": 2 * settings.lora_rank}
+    return replace(recipe, **changes)
 
 
 def train(recipe: TrainingRecipe, settings: SimpleNamespace, splits: Splits, start: str) -> RunFolder:
@@ -2113,6 +2455,8 @@ def train(recipe: TrainingRecipe, settings: SimpleNamespace, splits: Splits, sta
     if interrupted := find_checkpoint(run.path):
         print(f"going on from {interrupted} (delete it to start again)")
     trainer.train(resume_from_checkpoint=interrupted)
+    if can_compile(settings):
+        print(describe_compilation())
     save_trained(trainer, run, asdict(recipe) | {"started_from": start} | describe_settings(detector, settings))
     trainer.accelerator.free_memory()
     return run
@@ -2148,14 +2492,18 @@ def save_trained(trainer: DetectionTrainer, run: RunFolder, provenance: dict) ->
     trainer.accelerator.wait_for_everyone()  # the next stage reads what the first process wrote
 
 
-def load_trained_model(folder: Path, quantized: bool | None = None) -> PreTrainedModel:
-    """A full checkpoint, or an adapter on its base, in the precision of its training, which `quantized` overrides."""
-    quantized = RunFolder(folder).read_recipe()["quantized"] if quantized is None else quantized
-    if not (folder / "adapter_config.json").exists():
-        return load_model(str(folder), quantized, best_dtype()).eval()
-    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    adapted = PeftModel.from_pretrained(load_model(base, quantized, best_dtype()), str(folder))
-    return adapted.to(best_dtype()).eval()  # its weights come in float32
+def load_trained_model(folder: Path, precision: str | None = None) -> PreTrainedModel:
+    """A full checkpoint, or an adapter on its base, in the precision of its training, or in another."""
+    precision = precision or RunFolder(folder).read_recipe()["precision"]
+    is_adapter = (folder / "adapter_config.json").exists()
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path if is_adapter else str(folder)
+    model = load_model(base, precision == "nf4", best_dtype())
+    use_packed_attention(model)
+    if is_adapter:
+        model = PeftModel.from_pretrained(model, str(folder)).to(best_dtype())  # its weights come in float32
+    if precision == "fp8":
+        convert_to_float8(model)
+    return model.eval()
 
 
 def evaluate_run(run: RunFolder, settings: SimpleNamespace, rows: Dataset) -> dict:
@@ -2165,7 +2513,7 @@ def evaluate_run(run: RunFolder, settings: SimpleNamespace, rows: Dataset) -> di
 
 
 # %% [markdown]
-# ## 11. Experiment: what should the loss look at?
+# ## 12. Experiment: what should the loss look at?
 #
 # Two runs of `r1-llm-only` that differ in the collator alone: same steps, same seed, same images in the same order.
 # The losses are averages over different tokens, so their curves cannot be compared with each other; the IoU on the
@@ -2179,7 +2527,7 @@ def evaluate_run(run: RunFolder, settings: SimpleNamespace, rows: Dataset) -> di
 def compare_collators() -> list[RunFolder]:
     """Train and evaluate r1 once per collator, with all else equal."""
     steps = min(COLLATOR_STEPS, MAX_STEPS) if MAX_STEPS > 0 else COLLATOR_STEPS
-    short = SimpleNamespace(**vars(settings) | {"max_steps": steps})
+    short = SimpleNamespace(**vars(settings) | {"max_steps": steps, "evaluations": 2})
     rate, runs = settings.learning_rates.get(R1.name, R1.learning_rate), []
     for variant in COLLATORS:
         recipe = replace(R1, name=f"collators/{variant}", collator=variant, learning_rate=rate)
@@ -2227,10 +2575,12 @@ if by_collator:
 compare_table({"same box": same_box_records} | by_collator)[SHOWN].T
 
 # %% [markdown]
-# In this run v2 is ahead, and the paired interval excludes 0. That is less than it sounds. The interval knows how much
-# the result would change with other evaluation images; it knows nothing of how much it would change with another
-# training run, and there was one of each. The same two runs on a GPU, in bfloat16 and with the same settings, came out
-# the other way round: 0.501 for v1 and 0.471 for v2 (CHANGELOG). So between the two no difference is established here.
+# In this run v1 is ahead, and the paired interval excludes 0. That is less than it sounds. The interval knows how much
+# the result would change with other evaluation images; it knows nothing of what else is chance. Here that is the
+# choice of the checkpoint, by 32 validation images: at steps 30 and 60 they see hardly a difference for v2 (the right
+# figure). With the same settings but an evaluation every 15 steps, other checkpoints were chosen, and it came out the
+# other way round, 0.489 for v1 and 0.530 for v2, again with an interval that excludes 0; on a GPU, in bfloat16, it was
+# 0.501 and 0.471 (CHANGELOG). So between the two no difference is established here.
 #
 # What the loss of v1 shows: it is small from the beginning, because the base was pretrained on whole conversations and
 # knows the question by heart; three quarters of the tokens that v1 averages over have next to nothing to teach. On an
@@ -2241,7 +2591,7 @@ compare_table({"same box": same_box_records} | by_collator)[SHOWN].T
 # Nothing speaks for v1, which learns to write questions that nobody asks it to write. The recipes use
 # `AssistantOnlyCollator`.
 #
-# ## 12. The four recipes
+# ## 13. The four recipes
 #
 # Which weights are worth training? Each recipe starts from the base as published, in a function of its own, so that
 # nothing of one can leak into the next. The table shows the memory that is held before and after: on a GPU what its
@@ -2285,7 +2635,7 @@ plot_training(runs, same_box_iou)
 plt.show()
 
 # %% [markdown]
-# ## 13. Before and after
+# ## 14. Before and after
 #
 # Did it help, and by how much? What was trained is loaded anew from disk and evaluated: a result that only exists in
 # memory is worth nothing. All recipes of the catalogue are looked for, also those of an earlier run into the same
@@ -2380,7 +2730,7 @@ plt.show()
 # %% [markdown]
 # In this run every recipe beats both the base and the detector that never looks. Those that train the vision tower are
 # ahead of the one that does not, and r4 is ahead of r2 and r3 by a few hundredths. Between r2 and r3 no difference is
-# seen: the second stage adds nothing here, and its curve in section 12 starts at r2's IoU and stays there. The
+# seen: the second stage adds nothing here, and its curve in section 13 starts at r2's IoU and stays there. The
 # intervals are about other images, not about other training runs; of each recipe there was one.
 #
 # What this does not say is why. The recipes differ in more than one thing: r2 trains all weights of a tower in 32
@@ -2411,7 +2761,7 @@ to_jpeg(failures)
 # like. With a model of your own, this grid is the first place to look for wrong labels: a confident prediction in the
 # right place, far from the truth, is often the better label.
 #
-# ## 14. What to expect at full size
+# ## 15. What to expect at full size
 #
 # Nothing above tells how well a 7B model does on the real photographs, and it was not measured for this repository:
 # neither the weights nor the dataset were at hand. What others published about Qwen2-VL-7B on the same dataset:
@@ -2430,8 +2780,8 @@ to_jpeg(failures)
 # it is the first thing this notebook will tell you.
 #
 # How long does it take? On one H200, with random weights of the 7B shape and the default settings, training ran at
-# 2.8 to 3.5 images per second for r1, 3.5 for r2 and 1.8 to 2.4 for r4 (`python -m helpers.benchmark`), so that three
-# epochs of 1,083 images take about 15 to 30 minutes a recipe. A smaller GPU takes several times as long.
+# 11.5 images per second for r1, 6.7 for r2 and 6.2 for r4 (section 10), so that three epochs of 1,083 images take
+# about 5 to 9 minutes a recipe, and evaluations besides. A smaller GPU takes several times as long.
 #
 # Before a long run, a short one: `TRAIN_SAMPLES = 100`, `EVAL_SAMPLES = 20`, `MAX_STEPS = 10` and `COLLATOR_STEPS = 2`
 # take the whole notebook, with the real model, through every step of the road. It shows whether the memory suffices,
@@ -2441,7 +2791,7 @@ to_jpeg(failures)
 # The default learning rates (1e-4 with LoRA, 1e-5 for the whole vision tower) are usual ones, and were not tuned on
 # the photographs.
 #
-# ## 15. Deployment
+# ## 16. Deployment
 #
 # How does a result leave the notebook and stay the same? An adapter needs its base and PEFT at run time. Merging adds
 # its product to the weights of the base, and leaves an ordinary checkpoint that every server reads. Three rules keep
@@ -2463,7 +2813,7 @@ def save_merged(model: PreTrainedModel | PeftModel, target: Path, processor: Qwe
 
 # %%
 merged_dir = output_dir / "merged"
-unmerged = create_detector(load_trained_model(output_dir / best, quantized=False), settings)
+unmerged = create_detector(load_trained_model(output_dir / best, "bf16"), settings)
 unmerged_records = evaluate_detector(unmerged, splits.evaluation)
 save_merged(unmerged.model, merged_dir, unmerged.processor)
 del unmerged
@@ -2579,8 +2929,8 @@ release_memory()
 #
 # 1. `r4-joint` leaves out the vision tower's `attn.proj` and the merger. Add them to `VISION_LAYERS` (section 6), run
 #    with `RECIPES = ["r4-joint"]`, and compare with the paired test of section 9. Watch the count of what is trained.
-# 2. Double the rank of `r1-llm-only` to 128 with `lora_alpha=256`. Predict the memory and the number of trained
-#    weights first. Is the difference more than noise? If not, how many images would show one of 0.02?
+# 2. Double the rank of `r1-llm-only` with `LORA_RANK = 128`. Predict the memory and the number of trained weights
+#    first. Is the difference more than noise? If not, how many images would show one of 0.02?
 # 3. Ask the base with a prompt of your own (section 9), in another language or without the word "nutrition". Which
 #    part of the change is the model's, and which the parser's? Look at `malformed_rate` and at the raw answers.
 #

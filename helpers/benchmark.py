@@ -1,93 +1,129 @@
-"""Memory and speed of training and generation at full size, with random weights: no hub is needed.
+"""Speed and memory of training and generation at full size, ours beside stock TRL, with random weights: no hub.
 
-    python -m helpers.benchmark --processor FOLDER                # every recipe, then generation; a table each
-    python -m helpers.benchmark --processor FOLDER --only r1-llm-only --batch-size 1
+    python -m helpers.benchmark --processor FOLDER                # every recipe, stock and ours; then generation
+    python -m helpers.benchmark --processor FOLDER --only r1-llm-only --precision fp8
+    python -m helpers.benchmark --processor FOLDER --only r1-llm-only r4-joint --memory 24    # as on a smaller GPU
+    python -m helpers.benchmark --processor FOLDER --mixed        # images of four sizes instead of one
+    python -m helpers.benchmark --processor FOLDER --whose ours --without compile              # what a lever gains
     python -m helpers.benchmark --processor FOLDER --build-only   # leaves a model and a dataset for the notebook
 
 FOLDER holds Qwen2-VL's own processor (any Qwen2-VL repository of the hub has it). Random weights take the same memory
 and time as trained ones; their answers are noise, so generation is made to write a fixed number of tokens. Images are
-980 x 980, 1,225 image tokens each. README.md has figures of one H200; `--size tiny` runs anywhere, to see that it
-works.
+980 x 980, 1,225 image tokens each. "stock" is TRL as its documentation shows it: 2 images at once, 8 such parts a
+step, no checkpointing, all linear layers of an NF4 model in NF4; "plain" is the same with the vision tower kept in 16
+bits, whose losses can be compared with ours. Speeds are medians over the steps after --warm-up;
+"of the ceiling" divides what the matrix products of a step need by what this GPU reaches on one large product of
+bfloat16 matrices. `--size tiny` with the embedded model's processor (helpers/tiny/base) runs anywhere.
 """
 
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
 from peft import get_peft_model
 from PIL import Image
-from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import (
+    BitsAndBytesConfig,
+    GenerationConfig,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
+    TrainerCallback,
+)
 from transformers.trainer_utils import IntervalStrategy
+from trl import SFTConfig, SFTTrainer
 
-from helpers.data import Splits, load_rows, read_row
+from helpers.collators import AssistantOnlyCollator
+from helpers.conversation import QUESTION
+from helpers.data import Splits, load_rows, read_row, to_training_dataset
 from helpers.detection import evaluate_detector
 from helpers.generation import Detector, generate, to_questions
-from helpers.loading import best_dtype, load_model, release_memory
+from helpers.loading import KEPT_MODULES, best_dtype, load_model, load_processor, release_memory
 from helpers.quantization import PUBLISHED_SIZES
-from helpers.recipes import CATALOGUE, apply_freeze_policy, build_lora_config_for_recipe
+from helpers.recipes import CATALOGUE, TrainingRecipe, apply_freeze_policy, build_lora_config_for_recipe
 from helpers.runs import RunFolder, write_json
+from helpers.speed import free_memory, plan_memory
 from helpers.tiny.packages import draw_dataset
 from helpers.training import build_trainer, create_detector, load_trained_model
 
+VISION = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16}
 SIZES = {
     "7b": {
         "text": PUBLISHED_SIZES["7B"][0] | {"max_position_embeddings": 32768},
-        "vision": {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4, "num_heads": 16},
+        "vision": VISION | {"hidden_size": 3584},
         "side": 980,
         "trainable": {"r1-llm-only": 161_480_704, "r2-vision-only": 675_759_104, "r4-joint": 198_180_864},
     },
+    "2b": {
+        "text": PUBLISHED_SIZES["2B"][0] | {"max_position_embeddings": 32768},
+        "vision": VISION | {"hidden_size": 1536},
+        "side": 980,
+        "trainable": {},
+    },
     "tiny": {
         "text": {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
-                 "num_key_value_heads": 1, "vocab_size": 152064, "max_position_embeddings": 32768},
+                 "num_key_value_heads": 1, "vocab_size": 512, "max_position_embeddings": 32768},
         "vision": {"depth": 2, "embed_dim": 192, "hidden_size": 256, "mlp_ratio": 4, "num_heads": 3},
         "side": 112,
         "trainable": {},
     },
 }  # fmt: skip
+MIXED = [(1, 1), (1.3, 0.75), (0.75, 1.3), (0.8, 0.6)]  # width and height, in parts of the usual side
 TOKENS = 28  # of every answer
+
+
+# What is measured: a model and datasets
 
 
 def build_model(folder: Path, size: str, processor_id: str) -> None:
     """Save a Qwen2-VL with random weights, and the processor, into `folder`."""
+    processor = Qwen2VLProcessor.from_pretrained(processor_id)
+    to_id = processor.tokenizer.convert_tokens_to_ids
+    end, pad = to_id("<|im_end|>"), to_id("<|endoftext|>")
     text = SIZES[size]["text"] | {
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
+        "bos_token_id": pad,
+        "eos_token_id": end,
     }
-    tokens = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652}
+    tokens = {f"{kind}_token_id": to_id(f"<|{kind}_pad|>") for kind in ("image", "video")}
+    tokens["vision_start_token_id"] = to_id("<|vision_start|>")
     config = Qwen2VLConfig(text_config=text, vision_config=SIZES[size]["vision"], tie_word_embeddings=False, **tokens)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Qwen2VLForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
-    model.generation_config = GenerationConfig(eos_token_id=151645, pad_token_id=151643)
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
     model.save_pretrained(folder)
-    Qwen2VLProcessor.from_pretrained(processor_id).save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
-def build_dataset(folder: Path, side: int) -> None:
-    """Draw 64 packages to train on and 256 to ask about, enlarged to `side` x `side` pixels, as JPEG."""
+def build_dataset(folder: Path, side: int, train: int, validation: int) -> None:
+    """Draw packages, and enlarge them to squares of `side` pixels (train, val), and to four sizes (mixed); as JPEG."""
     drawn = folder.with_name("drawn")
-    draw_dataset(drawn, train=64, validation=256)
-    for split in ("train", "val"):
-        rows = load_rows(str(drawn), split, None, 0)
-        large = rows.map(lambda row: {"image": enlarge(row["image"], side)}, desc="enlarging")
-        (folder / "data").mkdir(parents=True, exist_ok=True)
-        large.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    draw_dataset(drawn, train=train, validation=validation)
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for split, source, sizes in [("train", "train", MIXED[:1]), ("mixed", "train", MIXED), ("val", "val", MIXED[:1])]:
+        sides = [(int(side * width), int(side * height)) for width, height in sizes]
+        rows = load_rows(str(drawn), source, None, 0).map(
+            lambda row, number, sides=sides: {"image": enlarge(row["image"], sides[number % len(sides)])},
+            with_indices=True,
+        )
+        rows.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
 
 
-def enlarge(image: Image.Image, side: int) -> dict:
-    """An image as a JPEG of `side` x `side` pixels, as datasets stores it."""
+def enlarge(image: Image.Image, size: tuple[int, int]) -> dict:
+    """An image as a JPEG of `size` (width, height) pixels, as datasets stores it."""
     buffer = BytesIO()
-    image.convert("RGB").resize((side, side)).save(buffer, "JPEG")
+    image.convert("RGB").resize(size).save(buffer, "JPEG")
     return {"bytes": buffer.getvalue(), "path": None}
 
 
@@ -100,8 +136,14 @@ def create_settings(arguments: argparse.Namespace) -> SimpleNamespace:
         num_epochs=1,
         max_steps=arguments.steps,
         batch_size=arguments.batch_size,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        gradient_checkpointing=not arguments.no_gradient_checkpointing,
+        micro_batch_size=arguments.micro_batch_size,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        compile=False if "compile" in arguments.without else None,
+        precision=arguments.precision,
+        cache_features="cache" not in arguments.without,
+        learning_rates={},
+        lora_rank=None,
+        evaluations=4,
         flip_probability=0.0,
         eval_batch_size=None,
         max_new_tokens=TOKENS,
@@ -110,29 +152,146 @@ def create_settings(arguments: argparse.Namespace) -> SimpleNamespace:
     )
 
 
-def measure_recipe(name: str, data: Path, arguments: argparse.Namespace) -> dict:
-    """Train a recipe for a few steps: trainable parameters, peak memory (GiB), mean seconds a step."""
-    recipe, settings, rows = CATALOGUE[name], create_settings(arguments), load_rows(str(data), "train", None, 0)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+# Training
+
+
+@dataclass
+class StepClock(TrainerCallback):
+    """Seconds of each step of the optimiser, data included."""
+
+    ends: list[float] = field(default_factory=list)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.on_step_end(args, state, control)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+
+def build_stock_trainer(
+    recipe: TrainingRecipe, settings: SimpleNamespace, rows: Dataset, kept_modules: list[str] | None
+) -> SFTTrainer:
+    """TRL as its documentation shows it, on the same examples; adapters in float32, so that losses can be compared."""
+    four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    four_bits |= {"bnb_4bit_compute_dtype": best_dtype(), "llm_int8_skip_modules": kept_modules}
+    quantization = BitsAndBytesConfig(**four_bits) if recipe.quantized else None
+    arguments = {"dtype": best_dtype(), "device_map": "auto" if torch.cuda.is_available() else "cpu"}
+    model = Qwen2VLForConditionalGeneration.from_pretrained(
+        settings.model_id, quantization_config=quantization, attn_implementation="sdpa", **arguments
+    )
+    lora = build_lora_config_for_recipe(recipe)
+    for name, parameter in model.named_parameters() if lora is None else []:
+        parameter.requires_grad_(".visual." in name)
+    config = SFTConfig(
+        output_dir=settings.output_dir,
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=settings.batch_size // 2,
+        gradient_checkpointing=False,
+        bf16=best_dtype() == torch.bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,
+        optim="adamw_torch_fused",
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        seed=settings.seed,
+    )
+    processor = load_processor(settings.model_id, settings.max_pixels)
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=to_training_dataset(rows, QUESTION, 0.0),
+        data_collator=AssistantOnlyCollator(processor),
+        processing_class=processor,
+        peft_config=lora,
+    )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return trainer
+
+
+def build_our_trainer(recipe: TrainingRecipe, settings: SimpleNamespace, rows: Dataset, memory: float | None):
+    """The project's trainer, without evaluations and checkpoints; planned for `memory` GiB, if given."""
     detector = create_detector(load_model(settings.model_id, recipe.quantized, best_dtype()), settings)
+    if memory:
+        taken = torch.cuda.mem_get_info()[1] - free_memory() if torch.cuda.is_available() else 0
+        plan = plan_memory(detector, recipe, settings, memory * 2**30 - taken)
+        settings.micro_batch_size, settings.gradient_checkpointing = plan.micro_batch_size, plan.checkpointing
     trainer = build_trainer(detector, recipe, settings, Splits(rows, rows, rows))
     config = trainer.args
     config.eval_strategy = config.save_strategy = IntervalStrategy.NO
     config.eval_on_start, config.load_best_model_at_end, config.logging_steps = False, False, 1
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    assert trainable == SIZES[arguments.size]["trainable"].get(name, trainable), trainable
-    loaded, clock = torch.cuda.memory_allocated() / 2**30, time.perf_counter()
+    return trainer
+
+
+def measure_recipe(name: str, whose: str, rows: Dataset, arguments: argparse.Namespace) -> dict:
+    """Train a recipe for a few steps: images a second, share of the ceiling, peak memory, losses."""
+    settings, recipe, clock = create_settings(arguments), CATALOGUE[name], StepClock()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    if whose != "ours":
+        trainer = build_stock_trainer(recipe, settings, rows, list(KEPT_MODULES) if whose == "plain" else None)
+    else:
+        changed = {"precision": arguments.precision} if arguments.precision and recipe.train_llm == "lora" else {}
+        recipe = replace(recipe, **changed)
+        trainer = build_our_trainer(recipe, settings, rows, arguments.memory)
+        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        assert trained == SIZES[arguments.size]["trainable"].get(name, trained), trained
+    trainer.add_callback(clock)
     trainer.train()
-    return {
-        "recipe": name,
-        "batch": f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps}",
-        "gradient checkpointing": config.gradient_checkpointing,
-        "trainable": f"{trainable:,}",
-        "loaded GiB": round(loaded, 1),
-        "peak GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1),
-        "s a step": round((time.perf_counter() - clock) / arguments.steps, 1),
-    }
+    seconds = np.diff(clock.ends)
+    rate = arguments.batch_size / np.median(seconds[arguments.warm_up :])
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    flops = count_flops(trainer.model, recipe, rows)
+    trainer.accelerator.free_memory()
+    line = {"recipe": name, "whose": f"ours, {recipe.precision}" if whose == "ours" else whose}
+    line |= {"images/s": round(rate, 2), "TFLOP an image": round(flops / 1e12, 1), "peak GiB": round(peak / 2**30, 1)}
+    line |= {"first step (s)": round(seconds[0], 1), "mean loss": round(float(np.mean(losses)), 4)}
+    return line | {"last loss": round(losses[-1], 4)}
+
+
+def count_flops(model: torch.nn.Module, recipe: TrainingRecipe, rows: Dataset) -> float:
+    """What the matrix products with weights need for one image: 2 operations a weight and token, forward; and back.
+
+    Backward takes once as much for the input's gradient, and once more for the weights' where they are trained.
+    """
+    image = read_row(rows[0])[0]
+    patches = (image.width // 14) * (image.height // 14)
+    numbers = {"visual": 0, "language_model": 0}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "lora_" not in name:
+            area = "visual" if "visual" in name else "language_model"
+            numbers[area] += module.in_features * module.out_features
+    vision = {"frozen": 2, "lora": 4, "full": 6}[recipe.train_vision] * numbers["visual"] * patches
+    return vision + 4 * numbers["language_model"] * (patches / 4 + 60)
+
+
+def measure_ceiling() -> float:
+    """Operations a second of one large product of bfloat16 matrices."""
+    side = 8192 if torch.cuda.is_available() else 512
+    factors = [torch.randn(side, side, device="cuda" if torch.cuda.is_available() else "cpu").bfloat16()] * 2
+    times = []
+    for _ in range(20):
+        clock = time.perf_counter()
+        torch.mm(*factors)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - clock)
+    return 2 * side**3 / np.median(times)
+
+
+# Generation
 
 
 def create_detectors(settings: SimpleNamespace) -> Iterator[tuple[str, Detector]]:
@@ -145,7 +304,7 @@ def create_detectors(settings: SimpleNamespace) -> Iterator[tuple[str, Detector]
     adapted = load_model(settings.model_id, recipe.quantized, best_dtype())
     apply_freeze_policy(adapted, recipe)
     get_peft_model(adapted, build_lora_config_for_recipe(recipe)).save_pretrained(run.path)
-    write_json(run.path / "recipe.json", {"name": recipe.name, "quantized": recipe.quantized})
+    write_json(run.path / "recipe.json", {"name": recipe.name, "precision": recipe.precision})
     del adapted
     release_memory()
     yield "NF4, r4-joint", create_detector(load_trained_model(run.path), settings)
@@ -157,10 +316,10 @@ def measure_generation(detector: Detector, rows: Dataset, batch_sizes: list[int]
     rates = {}
     for _ in range(2):  # the first round warms up
         clock = time.perf_counter()
-        ask_one_by_one(detector, rows.select(range(16)))
-        rates["one by one"] = 16 / (time.perf_counter() - clock)
+        ask_one_by_one(detector, rows.select(range(min(16, len(rows)))))
+        rates["one by one"] = min(16, len(rows)) / (time.perf_counter() - clock)
     for size in [*sorted(set(batch_sizes)), None]:
-        for images in (rows.select(range(size or 64)), rows):  # the first round warms up
+        for images in (rows.select(range(min(size or 64, len(rows)))), rows):  # the first round warms up
             clock = time.perf_counter()
             evaluate_detector(replace(detector, batch_size=size), images, show_progress=False)
             rates[f"batches of {size}" if size else "batches (chosen)"] = len(images) / (time.perf_counter() - clock)
@@ -173,28 +332,43 @@ def ask_one_by_one(detector: Detector, rows: Dataset) -> list[str]:
     return [generate(detector, to_questions([read_row(row)[0]], detector))[0].text for row in rows]
 
 
-def main() -> None:
-    """Command line; see the module's docstring."""
+# The command line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processor", required=True, help="folder or hub id of Qwen2-VL's processor")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark"))
     parser.add_argument("--size", choices=SIZES, default="7b")
     parser.add_argument("--only", nargs="+", default=["r1-llm-only", "r2-vision-only", "r4-joint", "generation"])
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--gradient-accumulation-steps", type=int, default=8)
-    parser.add_argument("--no-gradient-checkpointing", action="store_true")
-    parser.add_argument(
-        "--batch-sizes", nargs="+", type=int, default=[8, 32], help="to generate in, besides the chosen"
-    )
+    parser.add_argument("--whose", nargs="+", choices=["stock", "plain", "ours"], default=["stock", "ours"])
+    parser.add_argument("--steps", type=int, default=14)
+    parser.add_argument("--warm-up", type=int, default=4, help="steps at the beginning that are not counted")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--micro-batch-size", type=int, help="default: what the plan says")
+    checkpointing = {"action": argparse.BooleanOptionalAction, "default": None}
+    parser.add_argument("--gradient-checkpointing", **checkpointing, help="default: what the plan says")
+    parser.add_argument("--precision", choices=["bf16", "nf4", "fp8"], help="default: the recipe's own")
+    levers = parser.add_argument("--without", nargs="+", default=[], help="levers that are left out")
+    levers.choices = ["compile", "cache"]
+    parser.add_argument("--memory", type=float, help="GiB that may be planned with; default: what is free")
+    parser.add_argument("--mixed", action="store_true", help="images of four sizes")
+    parser.add_argument("--images", nargs=2, type=int, default=[64, 256], help="to draw: for training, for answers")
+    parser.add_argument("--batch-sizes", nargs="*", type=int, default=[32], help="to generate in, besides the chosen")
     parser.add_argument("--build-only", action="store_true")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main(argv: list[str] | None = None) -> pd.DataFrame:
+    """Command line; see the module's docstring. Returns the table of the recipes."""
+    arguments = build_parser().parse_args(argv)
     model_id, data = arguments.output / "model", arguments.output / "dataset"
     if not (model_id / "config.json").exists():
         build_model(model_id, arguments.size, arguments.processor)
-        build_dataset(data, SIZES[arguments.size]["side"])
+        build_dataset(data, SIZES[arguments.size]["side"], *arguments.images)
         release_memory()
-    lines = []
+    lines, ceiling = [], measure_ceiling()
     for name in [] if arguments.build_only else arguments.only:
         if name == "generation":
             rows = load_rows(str(data), "val", None, 0)
@@ -203,11 +377,17 @@ def main() -> None:
                 print(f"{precision}\n{table.to_string()}", flush=True)
                 del detector
         else:
-            lines.append(measure_recipe(name, data, arguments))
-            print(pd.DataFrame(lines[-1:]).to_string(index=False), flush=True)
+            rows = load_rows(str(data), "mixed" if arguments.mixed else "train", None, 0)
+            for whose in arguments.whose:
+                lines.append(measure_recipe(name, whose, rows, arguments))
+                print(pd.DataFrame(lines[-1:]).to_string(index=False), flush=True)
+                release_memory()
         release_memory()
+    table = pd.DataFrame(lines)
     if lines:
-        print(pd.DataFrame(lines).to_string(index=False))
+        table["of the ceiling"] = (table["images/s"] * table["TFLOP an image"] * 1e12 / ceiling).round(2)
+        print(f"ceiling: {ceiling / 1e12:,.0f} TFLOP/s\n{table.to_string(index=False)}")
+    return table
 
 
 if __name__ == "__main__":

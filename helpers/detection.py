@@ -6,6 +6,7 @@ Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `m
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from transformers import Qwen2VLProcessor
 from helpers.boxes import from_model_coordinates, has_area, resized_size, to_grid
 from helpers.conversation import format_answer
 from helpers.data import read_headers, read_row
-from helpers.generation import Answer, Detector, generate, to_questions
+from helpers.generation import Answer, Detector, generate, join_questions, to_question, to_questions
 from helpers.loading import release_memory
 from helpers.metrics import boxes_of, match_boxes
 from helpers.parsing import parse_answer
@@ -95,18 +96,20 @@ def ask_in_batches(detector: Detector, rows: Dataset, show_progress: bool) -> li
     sizes = [resized_size(width, height, **budget) for width, height, _ in read_headers(rows)]
     order = np.argsort([-width * height for width, height in sizes], kind="stable")
 
-    def prepare(numbers: Sequence[int]) -> tuple[Sequence[int], list[dict], dict[str, torch.Tensor]]:
-        chosen = [rows[int(number)] for number in numbers]
-        records = [to_record(row, sizes[number]) for number, row in zip(numbers, chosen, strict=True)]
-        return numbers, records, to_questions([read_row(row)[0] for row in chosen], detector)
+    def prepare(number: int) -> tuple[int, dict, dict[str, torch.Tensor]]:
+        row = rows[int(number)]
+        return number, to_record(row, sizes[number]), to_question(read_row(row)[0], detector)
 
     workers, done = min(8, os.cpu_count() // 2) if torch.cuda.is_available() else 0, {}
-    batches = DataLoader(order, detector.batch_size, collate_fn=prepare, num_workers=workers)
+    ahead = {"num_workers": workers, "prefetch_factor": max(2, detector.batch_size // workers) if workers else None}
+    prepared = iter(DataLoader(order, batch_size=None, collate_fn=prepare, **ahead))
     with tqdm(total=len(rows), desc="evaluating", unit="image", disable=not show_progress) as progress:
-        for numbers, records, questions in batches:
-            for number, record, answer in zip(numbers, records, generate(detector, questions), strict=True):
+        while batch := list(islice(prepared, detector.batch_size)):
+            numbers, records, questions = zip(*batch, strict=True)
+            answers = generate(detector, join_questions(questions, detector))
+            for number, record, answer in zip(numbers, records, answers, strict=True):
                 done[number] = add_answer(record, answer, detector.model.config.model_type)
-            progress.update(len(numbers))
+            progress.update(len(batch))
     return [done[number] for number in range(len(rows))]
 
 

@@ -3,6 +3,7 @@
 Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `make sync`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,17 +26,31 @@ class Detector:
     batch_size: int | None = None  # None: what fits into the free memory
 
 
-def to_questions(images: Sequence[Image.Image], detector: Detector) -> dict[str, torch.Tensor]:
-    """The detector's question about each image as one batch of processor tensors, padded on the left.
-
-    Questions of unequal length are padded to a multiple of 8.
-    """
+def to_question(image: Image.Image, detector: Detector) -> dict[str, torch.Tensor]:
+    """The detector's question about one image as processor tensors."""
     messages = to_conversation(detector.prompt)
     text = detector.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    padding = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-    padding |= {"pad_to_multiple_of": 8} if len({image.size for image in images}) > 1 else {}
-    batch = dict(detector.processor(text=[text] * len(images), images=[[image] for image in images], **padding))
-    return batch | {"pixel_values": batch["pixel_values"].to(detector.model.dtype)}
+    question = dict(detector.processor(text=[text], images=[[image]], return_tensors="pt"))
+    return question | {"pixel_values": question["pixel_values"].to(detector.model.dtype)}
+
+
+def join_questions(questions: Sequence[dict[str, torch.Tensor]], detector: Detector) -> dict[str, torch.Tensor]:
+    """Questions about single images as one batch; if lengths differ, padded on the left to a multiple of 8."""
+    lengths = {question["input_ids"].shape[1] for question in questions}
+    longest = 8 * math.ceil(max(lengths) / 8) if len(lengths) > 1 else max(lengths)
+    batch = {}
+    for name, tensor in questions[0].items():
+        rows = [question[name] for question in questions]
+        if tensor.shape == questions[0]["input_ids"].shape:
+            fill = detector.processor.tokenizer.pad_token_id if name == "input_ids" else 0
+            rows = [torch.nn.functional.pad(row, (longest - row.shape[1], 0), value=fill) for row in rows]
+        batch[name] = torch.cat([row.to(detector.model.device) for row in rows])
+    return batch
+
+
+def to_questions(images: Sequence[Image.Image], detector: Detector) -> dict[str, torch.Tensor]:
+    """The detector's question about each image as one batch of processor tensors: see `join_questions`."""
+    return join_questions([to_question(image, detector) for image in images], detector)
 
 
 @dataclass(frozen=True)

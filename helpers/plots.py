@@ -18,7 +18,7 @@ from PIL import Image
 
 from helpers.generation import Answer
 from helpers.metrics import bootstrap_intervals, compare_records
-from helpers.recipes import CATALOGUE, TrainingRecipe
+from helpers.recipes import BITS, CATALOGUE, TrainingRecipe
 from helpers.runs import RunFolder
 
 BLUE = "#4575b4"
@@ -115,7 +115,7 @@ def plot_recipes(recipes: dict[str, TrainingRecipe]) -> plt.Figure:
     """What each recipe trains, a line a stage: orange is trained whole, light orange is LoRA, grey is frozen."""
     stages = [(name, recipes[stage]) for name, recipe in recipes.items() for stage in recipe.stages or [name]]
     looks = {"frozen": ("frozen", "#eeeeee"), "lora": ("frozen + LoRA", "#f9d3a8"), "full": ("all trained", ORANGE)}
-    cells = [[(s.train_vision, 16), (s.train_llm, 4 if s.quantized else 16)] for _, s in stages]
+    cells = [[(s.train_vision, 16), (s.train_llm, BITS[s.precision])] for _, s in stages]
     texts = [[f"{looks[mode][0]}, {bits} bits" for mode, bits in row] for row in cells]
     colours = [[looks[mode][1] for mode, _ in row] for row in cells]
     names = [name if name == step.name else f"{name}: {step.name[:2]}" for name, step in stages]

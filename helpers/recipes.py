@@ -15,6 +15,7 @@ from helpers.collators import COLLATORS
 from helpers.loading import build_empty_model, summarize_trainables_by_area
 
 LLM_LAYERS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+BITS = {"bf16": 16, "nf4": 4, "fp8": 8}  # precisions; bf16 stands for float16 or float32 where there is no bfloat16
 VISION_LAYERS = r".*visual\.blocks\.\d+\.(attn\.qkv|mlp\.fc[12])"
 
 
@@ -24,7 +25,7 @@ class TrainingRecipe:
 
     name: str
     description: str
-    quantized: bool = False  # language model in 4-bit NF4
+    precision: str = "bf16"  # of the frozen layers of the language model, a key of BITS
     train_vision: str = "frozen"  # or "lora", or "full": all weights of the vision tower, merger included
     train_llm: str = "frozen"  # or "lora"
     lora_rank: int = 64
@@ -39,13 +40,19 @@ class TrainingRecipe:
         problems = {
             "train_vision is frozen, lora or full, train_llm is frozen or lora": not known,
             f"collator is one of {', '.join(COLLATORS)}": self.collator not in COLLATORS,
+            f"precision is one of {', '.join(BITS)}": self.precision not in BITS,
             "it either trains something or has stages": frozen != bool(self.stages),
-            "4-bit weights cannot be saved as a full checkpoint": self.quantized and full,
+            "4-bit or 8-bit weights cannot be saved as a full checkpoint": self.precision != "bf16" and full,
             "with LoRA, all else is frozen: train one after the other, in stages": full and self.train_llm == "lora",
             "lora_rank and learning_rate are positive": self.lora_rank < 1 or self.learning_rate <= 0,
         }
         if found := [problem for problem, is_there in problems.items() if is_there]:
             raise ValueError(f"Recipe {self.name!r}: {found[0]}.")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the language model is loaded in 4 bits; to 8 bits it is converted after loading."""
+        return self.precision == "nf4"
 
     @property
     def lora_target_modules(self) -> str | None:
@@ -54,7 +61,7 @@ class TrainingRecipe:
         return "|".join(f"({layers})" for layers, mode in towers.items() if mode == "lora") or None
 
 
-R1 = TrainingRecipe("r1-llm-only", "QLoRA on the language model", quantized=True, train_llm="lora")
+R1 = TrainingRecipe("r1-llm-only", "QLoRA on the language model", precision="nf4", train_llm="lora")
 R2 = TrainingRecipe("r2-vision-only", "all weights of the vision tower", train_vision="full", learning_rate=1e-5)
 R3 = TrainingRecipe("r3-two-stage", "r2, then r1 from its weights", stages=("r2-vision-only", "r1-llm-only"))
 R4 = replace(R1, name="r4-joint", description="r1 and LoRA on the vision tower", train_vision="lora")

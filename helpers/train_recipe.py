@@ -37,7 +37,8 @@ import yaml
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "fine_tuning_vlm_for_object_detection_trl.ipynb"
 NOTEBOOK_ONLY = ("RECIPES", "COLLATOR_STEPS", "PUSH_TO_HUB")  # settings that mean nothing here
-TYPES = {"NUM_EPOCHS": float, "OUTPUT_DIR": Path}  # of settings whose default does not tell
+TYPES = {"NUM_EPOCHS": float, "OUTPUT_DIR": Path, "PRECISION": str, "COMPILE": bool, "GRADIENT_CHECKPOINTING": bool}
+# of settings whose default does not tell
 
 
 # The command line
@@ -77,10 +78,10 @@ def add_setting(parser: argparse.ArgumentParser, name: str, default: object, com
     """MAX_STEPS becomes --max-steps; a setting that is on or off becomes two options; None stands for a number."""
     option = f"--{name.lower().replace('_', '-')}"
     help_text = f"{comment} (default: {default})".lstrip().replace("%", "%%")  # argparse reads % as a format
-    if isinstance(default, bool):
+    kind = TYPES.get(name, int if default is None else type(default))
+    if kind is bool:
         parser.add_argument(option, default=default, action=argparse.BooleanOptionalAction, help=help_text)
     else:
-        kind = TYPES.get(name, int if default is None else type(default))
         parser.add_argument(option, default=default, type=kind, help=help_text)
 
 

@@ -9,20 +9,17 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import safetensors.torch
 import torch
-import xxhash
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
@@ -34,7 +31,20 @@ from helpers.generation import Detector
 from helpers.loading import PACKAGES, area_of, best_dtype, load_model, load_processor, release_memory
 from helpers.metrics import summarize
 from helpers.recipes import CATALOGUE, TrainingRecipe, apply_freeze_policy, build_lora_config_for_recipe
-from helpers.runs import RunFolder, write_file, write_json
+from helpers.runs import RunFolder, write_json
+from helpers.speed import (
+    MemoryPlan,
+    cache_features,
+    can_compile,
+    compile_layers,
+    convert_to_float8,
+    describe_compilation,
+    describe_plan,
+    free_memory,
+    plan_memory,
+    split_batch,
+    use_packed_attention,
+)
 
 
 def create_detector(model: PreTrainedModel, settings: SimpleNamespace) -> Detector:
@@ -45,12 +55,12 @@ def create_detector(model: PreTrainedModel, settings: SimpleNamespace) -> Detect
 
 OPTIMISATION = {"optim": "adamw_torch_fused", "lr_scheduler_type": "cosine", "warmup_steps": 0.03}  # 0.03 of all steps
 EXAMPLES = {"max_length": None, "remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
-EVALUATIONS = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 0.25, "prediction_loss_only": True}
-CHECKPOINTS = {"save_strategy": "steps", "save_steps": 0.25, "save_total_limit": 1}  # the last, besides the best
+VALIDATION = {"eval_on_start": True, "eval_strategy": "steps", "prediction_loss_only": True}
+CHECKPOINTS = {"save_strategy": "steps", "save_total_limit": 1}  # the last, besides the best
 SELECTION = {"load_best_model_at_end": True, "metric_for_best_model": "selection", "greater_is_better": True}
 
 
-def create_training_config(recipe: TrainingRecipe, settings: SimpleNamespace) -> SFTConfig:
+def create_training_config(recipe: TrainingRecipe, settings: SimpleNamespace, plan: MemoryPlan) -> SFTConfig:
     """TRL's settings for a run, which writes into OUTPUT_DIR/<recipe's name>; precision follows from the hardware."""
     on_gpu, dtype = torch.cuda.is_available(), best_dtype()
     config = SFTConfig(
@@ -59,10 +69,9 @@ def create_training_config(recipe: TrainingRecipe, settings: SimpleNamespace) ->
         learning_rate=recipe.learning_rate,
         num_train_epochs=settings.num_epochs,
         max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        per_device_train_batch_size=max(1, settings.batch_size // int(os.environ.get("WORLD_SIZE", 1))),
+        per_device_eval_batch_size=plan.micro_batch_size,
+        gradient_checkpointing=plan.checkpointing,
         use_cpu=not on_gpu,  # else torchrun would not connect its processes on a CPU
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
@@ -73,13 +82,30 @@ def create_training_config(recipe: TrainingRecipe, settings: SimpleNamespace) ->
         disable_tqdm=True,  # TrainingProgress takes its place
         **OPTIMISATION,
         **EXAMPLES,
-        **EVALUATIONS,
+        eval_steps=1 / settings.evaluations,  # of all steps
+        save_steps=1 / settings.evaluations,
+        **VALIDATION,
         **CHECKPOINTS,
         **SELECTION,
     )
     if config.n_gpu > 1:  # reading it sets it
         config._n_gpu = 1
     return config
+
+
+class TrainingProgress(ProgressCallback):
+    """One bar with the latest loss, the same in notebooks, terminals and log files."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.current_step = state.global_step
+        self.training_bar = tqdm(total=state.max_steps, initial=self.current_step, unit="step", mininterval=5)
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+
+    def on_prediction_step(self, *arguments, **options):
+        """No bar for the validation loss."""
 
 
 def check_trainable_parameters(model: torch.nn.Module, recipe: TrainingRecipe) -> None:
@@ -98,21 +124,23 @@ def check_trainable_parameters(model: torch.nn.Module, recipe: TrainingRecipe) -
 class DetectionTrainer(SFTTrainer):
     """SFTTrainer that trains a detector, and asks it about `validation_rows` at every evaluation."""
 
-    def __init__(self, detector: Detector, validation_rows: Dataset, **arguments):
+    def __init__(self, detector: Detector, validation_rows: Dataset, micro_batch_size: int, **arguments):
         super().__init__(model=detector.model, processing_class=detector.processor, **arguments)
         self.detector, self.validation_rows = replace(detector, model=self.model), validation_rows
+        self.micro_batch_size = micro_batch_size
 
     def evaluate(self, *arguments, **options) -> dict[str, float]:
         """The loss as usual, the mean IoU, and `eval_selection`, by which the best checkpoint is chosen."""
-        metrics = super().evaluate(*arguments, **options)
-        records = evaluate_detector(self.detector, self.validation_rows, show_progress=False)
+        with torch.compiler.set_stance("force_eager"):
+            metrics = super().evaluate(*arguments, **options)
+            records = evaluate_detector(self.detector, self.validation_rows, show_progress=False)
         mean_iou = summarize(records)["mean_iou"]
         self.log({"eval_mean_iou": mean_iou})
         return metrics | {"eval_mean_iou": mean_iou, "eval_selection": mean_iou - 1e-6 * metrics["eval_loss"]}
 
-    def training_step(self, *arguments, **options) -> torch.Tensor:
-        """A step as usual; logs gradient norms by area. Raises RuntimeError where an area gets none, or one of NaN."""
-        loss = super().training_step(*arguments, **options)
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """A step in micro-batches; logs gradient norms by area. Raises RuntimeError where one is 0, or no number."""
+        loss = self.add_gradients(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients and self.state.global_step % self.args.logging_steps == 0:
             scaler = self.accelerator.scaler  # in float16 only; it skips steps whose gradients overflow
             scale = scaler.get_scale() if scaler else 1.0
@@ -122,6 +150,21 @@ class DetectionTrainer(SFTTrainer):
                 remedy = "0: check freezing and LoRA targets; nan or inf: check the loss, precision and padding"
                 raise RuntimeError(f"Trained, but without a usable gradient: {norms}. {remedy}.")
         return loss
+
+    def add_gradients(self, model, inputs, num_items_in_batch) -> torch.Tensor:
+        """Loss of a batch, and its gradients; where memory runs out, once more in micro-batches of half the size."""
+        try:
+            parts = split_batch(inputs, self.micro_batch_size)
+            return sum(super(DetectionTrainer, self).training_step(model, part, num_items_in_batch) for part in parts)
+        except torch.cuda.OutOfMemoryError as error:
+            if self.micro_batch_size == 1:
+                remedy = "Set GRADIENT_CHECKPOINTING=True, PRECISION='nf4', or a lower MAX_PIXELS."
+                raise RuntimeError(f"A single image does not fit into the memory. {remedy}") from error
+        self.micro_batch_size //= 2
+        print(f"out of memory: going on with {self.micro_batch_size} images at once")
+        model.zero_grad()
+        release_memory()
+        return self.add_gradients(model, inputs, num_items_in_batch)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Adapters as usual; of other models the trained weights, by their names in memory."""
@@ -146,67 +189,24 @@ def gradient_norms(model: torch.nn.Module) -> dict[str, float]:
     return {area: torch.nn.utils.get_total_norm(tensors).item() for area, tensors in by_area.items()}
 
 
-class TrainingProgress(ProgressCallback):
-    """One bar with the latest loss, the same in notebooks, terminals and log files."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.current_step = state.global_step
-        self.training_bar = tqdm(total=state.max_steps, initial=self.current_step, unit="step", mininterval=5)
-
-    def on_log(self, args, state, control, logs, **kwargs):
-        if "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
-
-    def on_prediction_step(self, *arguments, **options):
-        """No bar for the validation loss."""
-
-
-def hash_tensors(tensors: Iterable[torch.Tensor]) -> str:
-    """xxHash of the bytes of some tensors, in hexadecimal digits."""
-    digest = xxhash.xxh3_128()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def cache_features(visual: PreTrainedModel, folder: Path) -> None:
-    """Let a frozen vision tower compute the features of each image once; they are kept in `folder`.
-
-    Images go through it one at a time and without autocast, so that their features do not depend on the batch.
-    """
-    compute, weights = visual.forward, hash_tensors(visual.parameters())
-
-    def recall(patches: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        file = folder / weights / f"{hash_tensors([patches, grid])}.safetensors"
-        try:
-            return safetensors.torch.load_file(file, device=str(patches.device))["features"]
-        except FileNotFoundError:
-            with torch.autocast(patches.device.type, enabled=False):
-                features = compute(patches, grid_thw=grid).pooler_output
-            write_file(file, safetensors.torch.save({"features": features.contiguous()}))
-            return features
-
-    def forward(hidden_states: torch.Tensor, grid_thw: torch.Tensor, **options) -> BaseModelOutputWithPooling:
-        images = zip(hidden_states.split(grid_thw.prod(dim=1).tolist()), grid_thw.split(1), strict=True)
-        return BaseModelOutputWithPooling(pooler_output=torch.cat([recall(*image) for image in images]))
-
-    visual.forward = forward
-
-
 def build_trainer(
     detector: Detector, recipe: TrainingRecipe, settings: SimpleNamespace, splits: Splits
 ) -> DetectionTrainer:
     """A trainer for what the recipe trains, in float32. Raises RuntimeError if it would train anything else."""
-    apply_freeze_policy(detector.model, recipe)
+    model = detector.model
+    apply_freeze_policy(model, recipe)
+    use_packed_attention(model)
     if settings.cache_features and recipe.train_vision == "frozen":
-        cache_features(detector.model.model.visual, Path(settings.output_dir) / "features")
-    for module in detector.model.modules():
+        cache_features(model.model.visual, Path(settings.output_dir) / "features")
+    plan = plan_memory(detector, recipe, settings, free_memory())
+    for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
     trainer = DetectionTrainer(
         detector,
         splits.validation,
-        args=create_training_config(recipe, settings),
+        plan.micro_batch_size,
+        args=create_training_config(recipe, settings, plan),
         train_dataset=to_training_dataset(splits.train, detector.prompt, settings.flip_probability),
         eval_dataset=to_training_dataset(splits.validation, detector.prompt, flip_probability=0.0),
         data_collator=COLLATORS[recipe.collator](detector.processor),
@@ -218,6 +218,11 @@ def build_trainer(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     check_trainable_parameters(trainer.model, recipe)
+    if recipe.precision == "fp8":
+        convert_to_float8(model)
+    if can_compile(settings):
+        compile_layers(model, recipe)
+    print(describe_plan(plan))
     return trainer
 
 
@@ -229,8 +234,7 @@ def run_recipe(
     Of a recipe in two stages the first one goes into the folder's `stage1`; `start` takes its place.
     """
     stages = [CATALOGUE[name] for name in recipe.stages] or [recipe]
-    rates = [settings.learning_rates.get(stage.name, stage.learning_rate) for stage in stages]
-    stages = [replace(stage, learning_rate=rate) for stage, rate in zip(stages, rates, strict=True)]
+    stages = [adjust(stage, settings) for stage in stages]
     if recipe.stages and start is None:
         stage1 = RunFolder(Path(settings.output_dir) / recipe.name / "stage1")
         if not (stage1.is_trained and find_checkpoint(stage1.path.parent)):
@@ -238,6 +242,16 @@ def run_recipe(
             release_memory()
         start = stage1.path
     return train(replace(stages[-1], name=recipe.name), settings, splits, str(start or settings.model_id))
+
+
+def adjust(recipe: TrainingRecipe, settings: SimpleNamespace) -> TrainingRecipe:
+    """A recipe with the learning rate, precision and rank that the settings name for it, if they do."""
+    changes = {"learning_rate": settings.learning_rates.get(recipe.name, recipe.learning_rate)}
+    if settings.precision and recipe.train_llm == "lora":
+        changes["precision"] = settings.precision
+    if settings.lora_rank:
+        changes |= {"lora_rank": settings.lora_rank, "lora_alpha": 2 * settings.lora_rank}
+    return replace(recipe, **changes)
 
 
 def train(recipe: TrainingRecipe, settings: SimpleNamespace, splits: Splits, start: str) -> RunFolder:
@@ -248,6 +262,8 @@ def train(recipe: TrainingRecipe, settings: SimpleNamespace, splits: Splits, sta
     if interrupted := find_checkpoint(run.path):
         print(f"going on from {interrupted} (delete it to start again)")
     trainer.train(resume_from_checkpoint=interrupted)
+    if can_compile(settings):
+        print(describe_compilation())
     save_trained(trainer, run, asdict(recipe) | {"started_from": start} | describe_settings(detector, settings))
     trainer.accelerator.free_memory()
     return run
@@ -281,14 +297,18 @@ def save_trained(trainer: DetectionTrainer, run: RunFolder, provenance: dict) ->
     trainer.accelerator.wait_for_everyone()  # the next stage reads what the first process wrote
 
 
-def load_trained_model(folder: Path, quantized: bool | None = None) -> PreTrainedModel:
-    """A full checkpoint, or an adapter on its base, in the precision of its training, which `quantized` overrides."""
-    quantized = RunFolder(folder).read_recipe()["quantized"] if quantized is None else quantized
-    if not (folder / "adapter_config.json").exists():
-        return load_model(str(folder), quantized, best_dtype()).eval()
-    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    adapted = PeftModel.from_pretrained(load_model(base, quantized, best_dtype()), str(folder))
-    return adapted.to(best_dtype()).eval()  # its weights come in float32
+def load_trained_model(folder: Path, precision: str | None = None) -> PreTrainedModel:
+    """A full checkpoint, or an adapter on its base, in the precision of its training, or in another."""
+    precision = precision or RunFolder(folder).read_recipe()["precision"]
+    is_adapter = (folder / "adapter_config.json").exists()
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path if is_adapter else str(folder)
+    model = load_model(base, precision == "nf4", best_dtype())
+    use_packed_attention(model)
+    if is_adapter:
+        model = PeftModel.from_pretrained(model, str(folder)).to(best_dtype())  # its weights come in float32
+    if precision == "fp8":
+        convert_to_float8(model)
+    return model.eval()
 
 
 def evaluate_run(run: RunFolder, settings: SimpleNamespace, rows: Dataset) -> dict:

@@ -601,8 +601,8 @@ table.assign(total=table.sum(axis=1), vision=table["visual"] / table.sum(axis=1)
 # what PEFT counts.
 #
 # The second check is against measured peaks: one H200, random weights of the 7B shape, one image of 1,225 tokens at a
-# time, gradient checkpointing (`python -m helpers.benchmark --batch-size 1` measures them). What the arithmetic leaves
-# is activations and workspace.
+# time, gradient checkpointing (`python -m helpers.benchmark --micro-batch-size 1 --gradient-checkpointing` measures
+# them). What the arithmetic leaves is activations and workspace.
 
 # %%
 MEASURED_AT_7B = {"r1-llm-only": 9.8, "r2-vision-only": 26.7, "r4-joint": 10.8}  # GiB
@@ -829,7 +829,7 @@ pd.DataFrame({f"loss x {factor}": train_layer(factor) for factor in (1, 100)}).T
 def measure_movement(run: RunFolder, areas: Sequence[str]) -> dict[str, float]:
     """How far a run moved the weights of each area, as a share of their norm before."""
     before = load_model(run.read_recipe()["settings"]["model_id"], False, best_dtype()).state_dict()
-    trained = load_trained_model(run.path, quantized=False)
+    trained = load_trained_model(run.path, "bf16")
     after = (trained.merge_and_unload() if isinstance(trained, PeftModel) else trained).state_dict()
     moved = {}
     for area in areas:

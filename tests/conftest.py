@@ -50,8 +50,9 @@ def make_settings(base, dataset_folder) -> Callable[..., SimpleNamespace]:
         names = {"model_id": str(base), "dataset_id": str(dataset_folder), "output_dir": str(output_dir)}
         data = {"train_split": "train", "eval_split": "val", "train_samples": None, "eval_samples": None}
         data |= {"validation_samples": 2, "max_pixels": 66 * 28 * 28, "flip_probability": 0.0}
-        steps = {"num_epochs": 1, "max_steps": 4, "batch_size": 2, "gradient_accumulation_steps": 1}
-        steps |= {"gradient_checkpointing": False, "cache_features": True, "learning_rates": {}}
+        steps = {"num_epochs": 1, "max_steps": 4, "batch_size": 2, "micro_batch_size": None}
+        steps |= {"gradient_checkpointing": None, "compile": None, "precision": None, "cache_features": True}
+        steps |= {"learning_rates": {}, "lora_rank": None, "evaluations": 4}
         steps |= {"seed": 0, "report_to": "none"}
         answers = {"eval_batch_size": 2, "max_new_tokens": 40}
         return SimpleNamespace(**names | data | steps | answers | changes)

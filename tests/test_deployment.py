@@ -27,8 +27,8 @@ def settings(make_settings, tmp_path_factory):
 def trained(settings):
     """An adapter on both towers that moves the weights a good deal."""
 
-    def keep_last(recipe, settings):  # the last one, which has moved most
-        config = create_training_config(recipe, settings)
+    def keep_last(*arguments):  # the last one, which has moved most
+        config = create_training_config(*arguments)
         config.load_best_model_at_end = False
         return config
 
@@ -49,7 +49,7 @@ def test_an_adapter_computes_in_the_precision_of_its_base(trained, settings, mon
 
 @pytest.mark.slow
 def test_merged_model_is_the_model_with_its_adapter(base, trained, settings, tmp_path):
-    adapted = create_detector(load_trained_model(trained, quantized=False), settings)
+    adapted = create_detector(load_trained_model(trained, "bf16"), settings)
     questions = to_questions([draw_package(seed)[0] for seed in range(4)], adapted)
     with torch.no_grad():
         wanted = adapted.model(**questions).logits

@@ -51,7 +51,7 @@ def test_recipes_cannot_be_changed_by_accident():
         ({"train_llm": "lora", "stages": ("r1-llm-only",)}, "either trains something or has stages"),
         ({"train_llm": "full"}, "train_llm is frozen or lora"),
         ({"train_vision": "all"}, "train_vision is frozen, lora or full"),
-        ({"train_vision": "full", "quantized": True}, "4-bit weights cannot be saved as a full checkpoint"),
+        ({"train_vision": "full", "precision": "nf4"}, "4-bit or 8-bit weights cannot be saved as a full checkpoint"),
         ({"train_vision": "full", "train_llm": "lora"}, "train one after the other, in stages"),
         ({"train_llm": "lora", "lora_rank": 0}, "positive"),
         ({"train_llm": "lora", "learning_rate": 0.0}, "positive"),

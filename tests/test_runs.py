@@ -27,9 +27,9 @@ def test_records_and_metrics_are_read_as_they_were_written(tmp_path):
 def test_a_run_is_trained_when_its_recipe_is_written(tmp_path):
     run = RunFolder(tmp_path)
     assert not run.is_trained
-    write_json(tmp_path / "recipe.json", {"name": "r1-llm-only", "quantized": True})
+    write_json(tmp_path / "recipe.json", {"name": "r1-llm-only", "precision": "nf4"})
     assert run.is_trained
-    assert run.read_recipe() == {"name": "r1-llm-only", "quantized": True}
+    assert run.read_recipe() == {"name": "r1-llm-only", "precision": "nf4"}
 
 
 def test_one_number_of_the_log(tmp_path):

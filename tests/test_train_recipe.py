@@ -48,7 +48,7 @@ def small(base, dataset_folder, tmp_path):
         "--output-dir": tmp_path / "out",
         "--validation-samples": 4,
         "--max-steps": 2,
-        "--gradient-accumulation-steps": 1,
+        "--batch-size": 2,
         "--report-to": "none",
     }
     return [str(word) for pair in settings.items() for word in pair] + ["--no-gradient-checkpointing"]
@@ -96,6 +96,8 @@ def test_options_are_read_as_what_they_are():
     options = options_of("--recipe", "r4-joint", "--train-samples", "9", "--num-epochs", "0.5", "--seed", "1")
     assert (options.train_samples, options.num_epochs, options.seed) == (9, 0.5, 1)
     assert options_of("--recipe", "r4-joint", "--no-gradient-checkpointing").gradient_checkpointing is False
+    assert options_of("--recipe", "r4-joint").gradient_checkpointing is None
+    assert options_of("--recipe", "r4-joint", "--precision", "fp8", "--compile").precision == "fp8"
 
 
 def test_recipes_are_those_of_the_library():
@@ -109,8 +111,8 @@ def test_options_override_the_parameters_file():
     demo = yaml.safe_load(DEMO.read_text())
     for argv in (["--parameters", str(DEMO), "--seed", "1"], ["--seed", "1", "--parameters", str(DEMO)]):
         options = options_of("--recipe", "r1-llm-only", *argv)
-        assert (options.max_steps, options.batch_size) == (demo["MAX_STEPS"], demo["BATCH_SIZE"])
-        assert (options.gradient_checkpointing, options.seed) == (False, 1)
+        assert (options.max_steps, options.validation_samples) == (demo["MAX_STEPS"], demo["VALIDATION_SAMPLES"])
+        assert (options.flip_probability, options.seed) == (0.5, 1)
     options = options_of("--recipe", "r1-llm-only", "--max-steps", "3", "--parameters", str(DEMO))
     assert options.max_steps == 3
 
@@ -225,7 +227,7 @@ def test_torchrun_shares_the_images_among_processes(small, tmp_path):
     check_results(tmp_path / "out", "r4-joint")
     assert done.stdout.count('"mean_iou": ') == 1  # one process evaluates
     epochs = json.loads((tmp_path / "out/r4-joint/trainer_state.json").read_text())["epoch"]
-    assert epochs == 2 * (2 * 2) / 20  # steps * (images a process * processes) / images
+    assert epochs == 2 * 2 / 20  # steps * images a step, of both processes together / images
 
 
 # Several recipes

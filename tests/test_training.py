@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from trl import SFTConfig
 
@@ -16,12 +15,12 @@ from helpers import training
 from helpers.collators import AllTokensCollator
 from helpers.conversation import QUESTION
 from helpers.data import load_splits, to_training_dataset
-from helpers.loading import allocated_megabytes, load_model, load_processor, release_memory
+from helpers.loading import allocated_megabytes, load_model, release_memory
 from helpers.recipes import CATALOGUE
 from helpers.runs import RunFolder, write_json
+from helpers.speed import MemoryPlan
 from helpers.training import (
     build_trainer,
-    cache_features,
     check_trainable_parameters,
     create_detector,
     create_training_config,
@@ -59,60 +58,12 @@ def make_trainer(settings, splits):
 def _keep_last(monkeypatch):
     """The last weights are the result: the best may be those after the first step, which have learned little."""
 
-    def create(recipe, settings):
-        config = create_training_config(recipe, settings)
+    def create(*arguments):
+        config = create_training_config(*arguments)
         config.load_best_model_at_end = False
         return config
 
     monkeypatch.setattr(training, "create_training_config", create)
-
-
-# A frozen vision tower
-
-
-@pytest.fixture
-def two_images(settings, splits):
-    processor = load_processor(settings.model_id, settings.max_pixels)
-    images = [Image.effect_noise(size, 90).convert("RGB") for size in ((224, 168), (168, 224))]
-    batch = processor.image_processor(images=images, return_tensors="pt")
-    return batch["pixel_values"], batch["image_grid_thw"]
-
-
-def test_a_frozen_tower_computes_each_image_once(settings, two_images, tmp_path, monkeypatch):
-    visual = load_model(settings.model_id, False, torch.float32).model.visual.requires_grad_(False)
-    compute, seen = visual.forward, []
-    monkeypatch.setattr(visual, "forward", lambda *a, **k: seen.append(k["grid_thw"].tolist()) or compute(*a, **k))
-    cache_features(visual, tmp_path / "features")
-    first = visual(*two_images).pooler_output
-    assert seen == [[[1, 12, 16]], [[1, 16, 12]]]
-    torch.testing.assert_close(first, compute(*two_images).pooler_output, rtol=1e-4, atol=1e-5)
-    patches, grids = two_images
-    again = visual(patches.flip(0)[:192].flip(0), grids[1:]).pooler_output  # the second image alone
-    assert torch.equal(again, first[48:])
-    assert len(seen) == 2
-    visual(-patches, grids)  # other images
-    assert len(seen) == 4
-
-
-def test_features_of_other_weights_are_not_taken(settings, two_images, tmp_path):
-    for scale in (1.0, 1.5):
-        visual = load_model(settings.model_id, False, torch.float32).model.visual
-        visual.merger.mlp[2].weight.data *= scale
-        expected = visual(*two_images).pooler_output
-        cache_features(visual, tmp_path / "features")
-        torch.testing.assert_close(visual(*two_images).pooler_output, expected, rtol=1e-4, atol=1e-5)
-    assert len(list((tmp_path / "features").iterdir())) == 2
-
-
-def test_kept_features_do_not_change_a_training(make_settings, splits, tmp_path):
-    """The loss of each step with and without them, and with those that another run left."""
-    losses = []
-    for folder, cached in [("without", False), ("with", True), ("again", True)]:
-        settings = make_settings(tmp_path / "runs", cache_features=cached, gradient_checkpointing=cached)
-        run = run_recipe(replace(R1, name=folder), settings, splits)
-        losses.append(run.read_log("eval_loss").tolist())
-    assert losses[1] == losses[2]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 # What is trained
@@ -179,7 +130,7 @@ def test_gradient_norms_are_logged_before_clipping(make_trainer, settings):
 
 def test_data_parallel_is_off_where_several_gpus_are_visible(settings, monkeypatch):
     monkeypatch.setattr(SFTConfig, "n_gpu", property(lambda self: 2))  # what it finds there; here is none
-    assert create_training_config(R1, settings)._n_gpu == 1
+    assert create_training_config(R1, settings, MemoryPlan(1, False, 0.0))._n_gpu == 1
 
 
 def test_settings_reach_the_trainer(make_trainer, settings, splits):
@@ -202,11 +153,11 @@ def test_several_stages_and_their_learning_rates(settings, splits, monkeypatch):
     for recipe in (R4, R2, R3):
         run_recipe(recipe, settings, splits)
     stage1 = f"{settings.output_dir}/r3-two-stage/stage1"
-    assert [(recipe.name, recipe.learning_rate, recipe.quantized, start) for recipe, start in trained] == [
-        ("r4-joint", 0.25, True, settings.model_id),
-        ("r2-vision-only", 1e-5, False, settings.model_id),
-        ("r3-two-stage/stage1", 1e-5, False, settings.model_id),
-        ("r3-two-stage", 0.5, True, stage1),
+    assert [(recipe.name, recipe.learning_rate, recipe.precision, start) for recipe, start in trained] == [
+        ("r4-joint", 0.25, "nf4", settings.model_id),
+        ("r2-vision-only", 1e-5, "bf16", settings.model_id),
+        ("r3-two-stage/stage1", 1e-5, "bf16", settings.model_id),
+        ("r3-two-stage", 0.5, "nf4", stage1),
     ]
 
 
@@ -305,9 +256,9 @@ def test_a_result_tells_how_it_was_made(settings, splits):
     settings.max_steps, settings.seed = 1, 11
     settings.learning_rates = {"r1-llm-only": 2e-3}
     made = run_recipe(R1, settings, splits).read_recipe()
-    assert (made["name"], made["quantized"], made["lora_rank"], made["learning_rate"]) == (
+    assert (made["name"], made["precision"], made["lora_rank"], made["learning_rate"]) == (
         "r1-llm-only",
-        True,
+        "nf4",
         64,
         2e-3,
     )
