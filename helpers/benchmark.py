@@ -52,7 +52,7 @@ from helpers.recipes import CATALOGUE, TrainingRecipe, apply_freeze_policy, buil
 from helpers.runs import RunFolder, write_json
 from helpers.speed import free_memory, plan_memory
 from helpers.tiny.packages import draw_dataset
-from helpers.training import build_trainer, create_detector, load_trained_model
+from helpers.training import DetectionTrainer, build_trainer, create_detector, load_trained_model
 
 VISION = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16}
 SIZES = {
@@ -220,7 +220,9 @@ def build_stock_trainer(
     return trainer
 
 
-def build_our_trainer(recipe: TrainingRecipe, settings: SimpleNamespace, rows: Dataset, memory: float | None):
+def build_our_trainer(
+    recipe: TrainingRecipe, settings: SimpleNamespace, rows: Dataset, memory: float | None
+) -> DetectionTrainer:
     """The project's trainer, without evaluations and checkpoints; planned for `memory` GiB, if given."""
     detector = create_detector(load_model(settings.model_id, recipe.quantized, best_dtype()), settings)
     if memory:

@@ -58,3 +58,11 @@ def make_settings(base, dataset_folder) -> Callable[..., SimpleNamespace]:
         return SimpleNamespace(**names | data | steps | answers | changes)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def splits(make_settings, tmp_path_factory):
+    """The splits of the tiny dataset, as `make_settings` makes them."""
+    from helpers.data import load_splits
+
+    return load_splits(make_settings(tmp_path_factory.mktemp("unused")))

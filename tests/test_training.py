@@ -14,7 +14,7 @@ from trl import SFTConfig
 from helpers import training
 from helpers.collators import AllTokensCollator
 from helpers.conversation import QUESTION
-from helpers.data import load_splits, to_training_dataset
+from helpers.data import to_training_dataset
 from helpers.loading import allocated_megabytes, load_model, release_memory
 from helpers.recipes import CATALOGUE
 from helpers.runs import RunFolder, write_json
@@ -31,11 +31,6 @@ from helpers.training import (
 )
 
 R1, R2, R3, R4 = CATALOGUE.values()
-
-
-@pytest.fixture(scope="module")
-def splits(make_settings, tmp_path_factory):
-    return load_splits(make_settings(tmp_path_factory.mktemp("unused")))
 
 
 @pytest.fixture
