@@ -3,7 +3,6 @@
 Printed from notebooks/04_evaluation_analysis.py: edit that, then run `make sync`.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from helpers.data import read_row
+from helpers.detection import normalize_label
 from helpers.metrics import (
     assign_boxes,
     bootstrap_intervals,
@@ -231,11 +231,6 @@ POLICIES = ("merge", "multi-class", "table-only")
 TABLE = "nutrition-table"
 
 
-def normalize_label(label: str) -> str:
-    """Labels that differ in case, spaces, underscores or hyphens only are the same."""
-    return re.sub(r"[\s_-]+", "-", label.strip().lower())
-
-
 def apply_policy(records: Sequence[dict], policy: str) -> list[dict]:
     """The records as a policy wants them compared. Raises ValueError for an unknown policy.
 
@@ -310,8 +305,9 @@ def build_report(records: Sequence[dict], threshold: float = 0.5, policy: str = 
 def median_interval(records: Sequence[dict]) -> tuple[float, float] | None:
     """The bootstrap interval of the median IoU over images with true boxes; None without any."""
     ious = image_ious(records)
-    weights = resample_weights(records) * ~np.isnan(ious)
-    return percentile_interval(weighted_median(np.nan_to_num(ious), weights))
+    known, values = ~np.isnan(ious), np.nan_to_num(ious)
+    medians = [weighted_median(values, weights * known) for weights in resample_weights(records)]
+    return percentile_interval(np.concatenate(medians))
 
 
 def weighted_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@
     python -m helpers.benchmark --processor FOLDER --only r1-llm-only r4-joint --memory 24    # as on a smaller GPU
     python -m helpers.benchmark --processor FOLDER --mixed        # images of four sizes instead of one
     python -m helpers.benchmark --processor FOLDER --whose ours --without compile              # what a lever gains
+    python -m helpers.benchmark --processor FOLDER --only r4-joint --epochs 3       # a whole run, by parts
     python -m helpers.benchmark --processor FOLDER --build-only   # leaves a model and a dataset for the notebook
 
 FOLDER holds Qwen2-VL's own processor (any Qwen2-VL repository of the hub has it). Random weights take the same memory
@@ -42,7 +43,7 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
 from helpers.collators import AssistantOnlyCollator
-from helpers.conversation import QUESTION
+from helpers.conversation import create_task
 from helpers.data import Splits, load_rows, read_row, to_training_dataset
 from helpers.detection import evaluate_detector
 from helpers.generation import Detector, generate, to_questions
@@ -54,6 +55,7 @@ from helpers.speed import free_memory, plan_memory
 from helpers.tiny.packages import draw_dataset
 from helpers.training import DetectionTrainer, build_trainer, create_detector, load_trained_model
 
+LABELS = ("nutrition-table",)
 VISION = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16}
 SIZES = {
     "7b": {
@@ -78,6 +80,7 @@ SIZES = {
 }  # fmt: skip
 MIXED = [(1, 1), (1.3, 0.75), (0.75, 1.3), (0.8, 0.6)]  # width and height, in parts of the usual side
 TOKENS = 28  # of every answer
+RUN_IMAGES = 1083, 64  # of a whole run: to train on, to choose checkpoints with
 
 
 # What is measured: a model and datasets
@@ -142,6 +145,8 @@ def create_settings(arguments: argparse.Namespace) -> SimpleNamespace:
         precision=arguments.precision,
         cache_features="cache" not in arguments.without,
         learning_rates={},
+        system_message=None,
+        question=None,
         lora_rank=None,
         evaluations=4,
         flip_probability=0.0,
@@ -168,6 +173,64 @@ class StepClock(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
+
+
+@dataclass
+class PartClock(TrainerCallback):
+    """Seconds of each part of a training; a part is what went before the event that ends it."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    forward_and_backward: list[float] = field(default_factory=list)  # of each step
+    last: float = 0.0
+
+    def tick(self, part: str | None) -> float:
+        """Add the time since the last tick to a part."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        passed, self.last = time.perf_counter() - self.last, time.perf_counter()
+        if part:
+            self.seconds[part] = self.seconds.get(part, 0.0) + passed
+        return passed
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.tick(None)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.tick("data")
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.forward_and_backward.append(self.tick("forward and backward"))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.tick("optimiser")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.tick("evaluation")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.tick("checkpoints")
+
+    def summarize(self) -> dict[str, float]:
+        """Seconds by part; what the first step took longer than the median counts as compiling."""
+        compiling = self.forward_and_backward[0] - float(np.median(self.forward_and_backward))
+        rest = self.seconds["forward and backward"] - compiling
+        return {"compiling": compiling} | self.seconds | {"forward and backward": rest}
+
+
+def measure_whole_run(name: str, rows: Dataset, arguments: argparse.Namespace) -> pd.DataFrame:
+    """Train a recipe for --epochs on RUN_IMAGES images as the notebook does, and evaluate it: seconds by part."""
+    settings, recipe, clock = create_settings(arguments), CATALOGUE[name], PartClock()
+    settings.num_epochs, settings.max_steps = arguments.epochs, -1
+    splits = [rows.select([number % len(rows) for number in range(count)]) for count in RUN_IMAGES]
+    clock.tick(None)
+    detector = create_detector(load_model(settings.model_id, recipe.quantized, best_dtype()), settings, LABELS)
+    detector.model.generation_config.min_new_tokens = TOKENS
+    trainer = build_trainer(detector, recipe, settings, Splits(*splits, rows, LABELS))
+    clock.tick("loading")
+    trainer.add_callback(clock)
+    trainer.train()
+    parts = clock.summarize()
+    return pd.DataFrame({"seconds": parts | {"together": sum(parts.values())}}).round(1)
 
 
 def build_stock_trainer(
@@ -209,7 +272,7 @@ def build_stock_trainer(
     trainer = SFTTrainer(
         model=model,
         args=config,
-        train_dataset=to_training_dataset(rows, QUESTION, 0.0),
+        train_dataset=to_training_dataset(rows, create_task(processor, LABELS, settings), 0.0),
         data_collator=AssistantOnlyCollator(processor),
         processing_class=processor,
         peft_config=lora,
@@ -224,12 +287,12 @@ def build_our_trainer(
     recipe: TrainingRecipe, settings: SimpleNamespace, rows: Dataset, memory: float | None
 ) -> DetectionTrainer:
     """The project's trainer, without evaluations and checkpoints; planned for `memory` GiB, if given."""
-    detector = create_detector(load_model(settings.model_id, recipe.quantized, best_dtype()), settings)
+    detector = create_detector(load_model(settings.model_id, recipe.quantized, best_dtype()), settings, LABELS)
     if memory:
         taken = torch.cuda.mem_get_info()[1] - free_memory() if torch.cuda.is_available() else 0
         plan = plan_memory(detector, recipe, settings, memory * 2**30 - taken)
         settings.micro_batch_size, settings.gradient_checkpointing = plan.micro_batch_size, plan.checkpointing
-    trainer = build_trainer(detector, recipe, settings, Splits(rows, rows, rows))
+    trainer = build_trainer(detector, recipe, settings, Splits(rows, rows, rows, LABELS))
     config = trainer.args
     config.eval_strategy = config.save_strategy = IntervalStrategy.NO
     config.eval_on_start, config.load_best_model_at_end, config.logging_steps = False, False, 1
@@ -299,17 +362,20 @@ def measure_ceiling() -> float:
 def create_detectors(settings: SimpleNamespace) -> Iterator[tuple[str, Detector]]:
     """The model in 16 bits, then in 4 bits with an adapter (r4-joint), as the notebook evaluates them."""
     model = load_model(settings.model_id, quantized=False, dtype=best_dtype()).eval()
-    yield str(best_dtype()).removeprefix("torch."), create_detector(model, settings)
+    yield str(best_dtype()).removeprefix("torch."), create_detector(model, settings, LABELS)
     del model
     release_memory()
     recipe, run = CATALOGUE["r4-joint"], RunFolder(Path(settings.output_dir).with_name("adapter"))
     adapted = load_model(settings.model_id, recipe.quantized, best_dtype())
     apply_freeze_policy(adapted, recipe)
     get_peft_model(adapted, build_lora_config_for_recipe(recipe)).save_pretrained(run.path)
-    write_json(run.path / "recipe.json", {"name": recipe.name, "precision": recipe.precision})
+    write_json(
+        run.path / "recipe.json",
+        {"precision": recipe.precision, "base": "../model"},
+    )
     del adapted
     release_memory()
-    yield "NF4, r4-joint", create_detector(load_trained_model(run.path), settings)
+    yield "NF4, r4-joint", create_detector(load_trained_model(run.path), settings, LABELS)
 
 
 def measure_generation(detector: Detector, rows: Dataset, batch_sizes: list[int]) -> pd.DataFrame:
@@ -358,6 +424,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--mixed", action="store_true", help="images of four sizes")
     parser.add_argument("--images", nargs=2, type=int, default=[64, 256], help="to draw: for training, for answers")
     parser.add_argument("--batch-sizes", nargs="*", type=int, default=[32], help="to generate in, besides the chosen")
+    parser.add_argument("--epochs", type=int, help="measure whole runs, by parts, in place of a few steps")
     parser.add_argument("--build-only", action="store_true")
     return parser
 
@@ -378,6 +445,9 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
                 table = measure_generation(detector, rows, arguments.batch_sizes)
                 print(f"{precision}\n{table.to_string()}", flush=True)
                 del detector
+        elif arguments.epochs:
+            table = measure_whole_run(name, load_rows(str(data), "train", None, 0), arguments)
+            print(f"{name}, {arguments.epochs} epochs of {RUN_IMAGES[0]:,} images\n{table.to_string()}", flush=True)
         else:
             rows = load_rows(str(data), "mixed" if arguments.mixed else "train", None, 0)
             for whose in arguments.whose:

@@ -5,15 +5,38 @@ Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `m
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from PIL import Image, ImageOps
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-GRID = 1000  # Qwen2-VL writes coordinates as integers from 0 to 1000
-GRID_FAMILIES = ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe")  # values of `config.model_type`
-PIXEL_FAMILIES = ("qwen2_5_vl",)
+GRID = 1000  # the largest coordinate of a box on the grid
 Box = Sequence[float]  # [x1, y1, x2, y2]
 Size = tuple[int, int]  # width, height
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of a family were taught to write boxes."""
+
+    coordinates: str  # "grid": 0..1000 in both directions; "pixels": of the image as the processor resized it
+    answer: str  # "tokens": label and box between special tokens; "json": a list of bbox_2d and label
+
+
+FAMILIES = {  # by `config.model_type`; from the models' cards and cookbooks (github.com/QwenLM/Qwen3-VL)
+    "qwen2_vl": Family("grid", "tokens"),
+    "qwen2_5_vl": Family("pixels", "json"),
+    "qwen3_vl": Family("grid", "json"),
+    "qwen3_vl_moe": Family("grid", "json"),
+}
+
+
+def get_family(model_type: str) -> Family:
+    """The family by its `config.model_type`. Raises ValueError for one whose convention is not known."""
+    if model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"How {model_type!r} models write boxes is not known: use one whose model_type is {known}.")
+    return FAMILIES[model_type]
 
 
 def resized_size(width: int, height: int, factor=28, min_pixels=4 * 28 * 28, max_pixels=16384 * 28 * 28) -> Size:
@@ -27,14 +50,9 @@ def coordinate_range(width: int, height: int, family: str, resized: Size | None)
     `resized` is the size at which the model saw it; only families that write pixels need it, and None stands for
     their published pixel budget. Raises ValueError for a family whose convention is not known.
     """
-    if family in GRID_FAMILIES:
+    if get_family(family).coordinates == "grid":
         return GRID, GRID
-    if family in PIXEL_FAMILIES:
-        return resized or resized_size(width, height)
-    known = [*GRID_FAMILIES, *PIXEL_FAMILIES]
-    raise ValueError(
-        f"How {family!r} models write boxes is not known: use a model whose model_type is one of {known}."
-    )
+    return resized or resized_size(width, height)
 
 
 def to_model_coordinates(box: Box, width: int, height: int, family: str, resized: Size | None = None) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import Qwen2VLProcessor
+from transformers import ProcessorMixin
 
 VISION_TOKENS = ["<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"]
 
@@ -16,7 +16,7 @@ VISION_TOKENS = ["<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision
 class AllTokensCollator:
     """Batch `{"image", "messages"}` examples; labels are all text: system message, question and answer."""
 
-    processor: Qwen2VLProcessor
+    processor: ProcessorMixin
 
     def __call__(self, examples: Sequence[dict]) -> dict[str, torch.Tensor]:
         return add_labels(to_batch(examples, self.processor), find_text_tokens, self.processor.tokenizer)
@@ -26,7 +26,7 @@ class AllTokensCollator:
 class AssistantOnlyCollator:
     """Batch `{"image", "messages"}` examples; labels are the assistant's answers with their end-of-turn token."""
 
-    processor: Qwen2VLProcessor
+    processor: ProcessorMixin
 
     def __call__(self, examples: Sequence[dict]) -> dict[str, torch.Tensor]:
         return add_labels(to_batch(examples, self.processor), find_assistant_tokens, self.processor.tokenizer)
@@ -35,7 +35,7 @@ class AssistantOnlyCollator:
 COLLATORS = {"v1-all-tokens": AllTokensCollator, "v2-assistant-only": AssistantOnlyCollator}
 
 
-def to_batch(examples: Sequence[dict], processor: Qwen2VLProcessor) -> dict[str, torch.Tensor]:
+def to_batch(examples: Sequence[dict], processor: ProcessorMixin) -> dict[str, torch.Tensor]:
     """What the model is given: token ids, masks, patches of the images and their grids; padded on the right."""
     texts = [processor.apply_chat_template(example["messages"], tokenize=False) for example in examples]
     padding = {"padding": True, "padding_side": "right", "pad_to_multiple_of": 8, "return_tensors": "pt"}

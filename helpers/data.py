@@ -3,6 +3,9 @@
 Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `make sync`.
 """
 
+import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -13,11 +16,11 @@ import pandas as pd
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets import Image as ImageFeature
+from datasets.exceptions import DatasetGenerationError
 from PIL import ExifTags, Image, ImageOps
-from tqdm import tqdm
 
-from helpers.boxes import flip_horizontally, to_grid
-from helpers.conversation import format_answer, to_conversation
+from helpers.boxes import flip_horizontally
+from helpers.conversation import Task, to_conversation, write_answer
 
 
 def load_rows(dataset_id: str, split: str, samples: int | None, seed: int) -> Dataset:
@@ -42,34 +45,46 @@ def open_dataset(dataset_id: str) -> DatasetDict:
         where = f"neither a folder below {Path.cwd()} nor, as far as the network tells, on the hub"
         remedy = "Set DATASET_ID to one (`python -m helpers.tiny.packages outputs/tiny_dataset` draws a tiny one)."
         raise FileNotFoundError(f"No dataset {dataset_id!r}: {where}. {remedy}") from error
+    except DatasetGenerationError as error:
+        remedy = "Convert COCO, YOLO or VOC with `python -m helpers.import_dataset`"
+        raise ValueError(f"{dataset_id} cannot be read as rows of a dataset. {remedy}.") from error
 
 
 def check_columns(rows: Dataset, dataset_id: str) -> None:
     """Raise ValueError unless `rows` has the columns image_id, image and objects{bbox, category_name}."""
     wanted = {"image_id", "image", "objects.bbox", "objects.category_name"}
     if missing := ", ".join(sorted(wanted - set(rows.flatten().column_names))):
-        present, remedy = ", ".join(rows.column_names), "as in openfoodfacts/nutrition-table-detection"
-        raise ValueError(f"{dataset_id} has no column {missing} (it has {present}). Rename its columns {remedy}.")
+        present = ", ".join(rows.column_names)
+        remedy = "Rename its columns as in openfoodfacts/nutrition-table-detection, or convert COCO, YOLO or VOC"
+        remedy += " with `python -m helpers.import_dataset`"
+        raise ValueError(f"{dataset_id} has no column {missing} (it has {present}). {remedy}.")
 
 
 def drop_bad_rows(rows: Dataset) -> Dataset:
-    """The rows that can be used; the others are printed. Raises ValueError when none is left."""
-    raw, kept = rows.cast_column("image", ImageFeature(decode=False)), []
-    for number, row in enumerate(tqdm(raw, desc="checking rows", unit="row", mininterval=1)):
-        if problem := describe_problem(row):
-            print(f"left out: {row['image_id']}: {problem}")
-        else:
-            kept.append(number)
+    """The rows that can be used; the others are printed. Raises ValueError when none is left.
+
+    Large datasets are checked by several processes; `datasets` remembers what was found of the same rows.
+    """
+    raw, workers = rows.cast_column("image", ImageFeature(decode=False)), min(os.cpu_count(), len(rows) // 5000)
+    find = {"function": find_problem, "remove_columns": raw.column_names, "desc": "checking rows"}
+    problems = raw.map(**find, num_proc=workers if workers > 1 else None)["problem"]
+    kept = [number for number, problem in enumerate(problems) if not problem]
+    for image_id, problem in zip(rows["image_id"], problems, strict=True) if len(kept) < len(rows) else []:
+        if problem:
+            print(f"left out: {image_id}: {problem}")
     print(f"{len(kept)} of {len(rows)} rows are usable")
     if not kept:
         raise ValueError("No usable row is left: mend the rows listed above, or set DATASET_ID to another dataset.")
     return rows.select(kept)
 
 
+def find_problem(row: dict) -> dict[str, str]:
+    """`describe_problem` as a column of a dataset, empty where there is none."""
+    return {"problem": describe_problem(row) or ""}
+
+
 def describe_problem(row: dict) -> str | None:
     """Why a row with an undecoded image (`{"bytes", "path"}`) cannot be used, or None."""
-    if not row["objects"]["bbox"]:
-        return "no box"
     for y_min, x_min, y_max, x_max in row["objects"]["bbox"]:
         if not (0 <= y_min < y_max <= 1 and 0 <= x_min < x_max <= 1):
             return f"box {[y_min, x_min, y_max, x_max]} is not 0 <= min < max <= 1"
@@ -89,11 +104,12 @@ def open_encoded(encoded: dict) -> Image.Image:
 
 @dataclass(frozen=True)
 class Splits:
-    """The rows to train on, to choose checkpoints with, and to evaluate the result on."""
+    """The rows to train on, to choose checkpoints with, and to evaluate the result on; the labels of their boxes."""
 
     train: Dataset
     validation: Dataset
     evaluation: Dataset
+    labels: tuple[str, ...]
 
 
 def load_splits(settings: SimpleNamespace) -> Splits:
@@ -103,10 +119,36 @@ def load_splits(settings: SimpleNamespace) -> Splits:
     """
     s = settings
     usable = drop_bad_rows(load_rows(s.dataset_id, s.train_split, s.train_samples, s.seed))
+    labels = choose_labels(usable, s.labels)
+    usable = keep_labels(usable, labels)
     evaluation = drop_bad_rows(load_rows(s.dataset_id, s.eval_split, s.eval_samples, s.seed))
+    evaluation = keep_labels(evaluation, labels)
     train, validation = hold_back(drop_shared_barcodes(usable, evaluation), s.validation_samples, s.seed)
     print(f"{len(train)} images to train on, {len(validation)} for validation, {len(evaluation)} to evaluate on")
-    return Splits(train, validation, evaluation)
+    return Splits(train, validation, evaluation, labels)
+
+
+def choose_labels(rows: Dataset, wanted: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The labels of the rows, in alphabetical order, or those that are wanted. Raises ValueError for others."""
+    known = sorted({label for objects in rows["objects"] for label in objects["category_name"]})
+    labels = re.split(r"\s*,\s*", wanted.strip()) if isinstance(wanted, str) else list(wanted or known)
+    if not labels or not set(labels) <= set(known):
+        raise ValueError(f"LABELS={wanted!r}: choose from those of the training split, {known}.")
+    return tuple(labels)
+
+
+def keep_labels(rows: Dataset, labels: Sequence[str]) -> Dataset:
+    """Rows without boxes of other labels; an image may have none left. Says how many boxes of which are left out."""
+    others = pd.Series([label for row in rows["objects"] for label in row["category_name"] if label not in labels])
+    if others.empty:
+        return rows
+    print("boxes left out:", ", ".join(f"{count} {label}" for label, count in others.value_counts().items()))
+
+    def keep(objects: dict[str, list]) -> dict[str, dict[str, list]]:
+        kept = [number for number, label in enumerate(objects["category_name"]) if label in labels]
+        return {"objects": {name: [values[number] for number in kept] for name, values in objects.items()}}
+
+    return rows.map(keep, input_columns="objects")
 
 
 def read_barcodes(rows: Dataset) -> list[str | None]:
@@ -148,7 +190,7 @@ def read_row(row: dict) -> tuple[Image.Image, list[list[float]], list[str]]:
 
 def describe_boxes(rows: Dataset) -> pd.DataFrame:
     """One line per box: image number, category, corners x1, y1, x2, y2, and area, all as fractions of the image."""
-    objects = pd.DataFrame(list(rows["objects"])).explode(["category_name", "bbox"])
+    objects = pd.DataFrame(list(rows["objects"])).explode(["category_name", "bbox"]).dropna(subset="bbox")
     boxes = pd.DataFrame(objects.bbox.tolist(), columns=["y1", "x1", "y2", "x2"])
     boxes = boxes.assign(image=objects.index, category=objects.category_name.to_numpy())
     return boxes.assign(area=(boxes.x2 - boxes.x1) * (boxes.y2 - boxes.y1))
@@ -159,24 +201,23 @@ def median_box(boxes: pd.DataFrame) -> list[float]:
     return boxes[["x1", "y1", "x2", "y2"]].median().tolist()
 
 
-def to_training_dataset(rows: Dataset, prompt: str, flip_probability: float) -> Dataset:
+def to_training_dataset(rows: Dataset, task: Task, flip_probability: float) -> Dataset:
     """The rows as lazily built `{"image", "messages"}` examples; images are mirrored with `flip_probability`."""
 
     def transform(columns: dict[str, list]) -> dict[str, list]:
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        examples = [to_training_example(row, prompt, flip_probability) for row in rows]
+        examples = [to_training_example(row, task, flip_probability) for row in rows]
         return {key: [example[key] for example in examples] for key in ("image", "messages")}
 
     return rows.with_transform(transform)
 
 
-def to_training_example(row: dict, prompt: str, flip_probability: float) -> dict:
+def to_training_example(row: dict, task: Task, flip_probability: float) -> dict:
     """One dataset row as image and conversation, mirrored with `flip_probability`."""
     image, boxes, labels = read_row(row)
     if torch.rand(()) < flip_probability:  # torch's generator is seeded anew in every worker of a data loader
         image, boxes = flip_horizontally(image, boxes)
-    answer = format_answer(labels, [to_grid(box, *image.size) for box in boxes])
-    return {"image": image, "messages": to_conversation(prompt, answer)}
+    return {"image": image, "messages": to_conversation(task, write_answer(image, boxes, labels, task))}
 
 
 def read_headers(rows: Dataset) -> list[tuple[int, int, int]]:

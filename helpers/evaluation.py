@@ -13,8 +13,9 @@ from pathlib import Path
 import pandas as pd
 
 from helpers.analysis import POLICIES, build_report, list_metrics
-from helpers.boxes import GRID_FAMILIES, PIXEL_FAMILIES, has_area
-from helpers.detection import add_answer
+from helpers.boxes import FAMILIES, has_area
+from helpers.conversation import Task
+from helpers.detection import add_answer, normalize_label
 from helpers.generation import Answer
 from helpers.metrics import boxes_of
 
@@ -41,6 +42,7 @@ metrics (`null` or n/a: not defined, such as a mean over no true boxes):
   recall                 hits / true boxes
   f1                     2 hits / (predicted boxes + true boxes)
   malformed_rate         share of images whose answer holds something that looks like a box and cannot be read
+  boxes_per_empty_image  predicted boxes on images without true boxes, mean over these images
   mAP, mAP50, mAP75      COCO's average precision: over IoU 0.50, 0.55 ... 0.95; at 0.50; at 0.75; mean over labels.
                          A box without a score counts as 1.0, equal scores rank in the order of the lines
   calibration_error      distance between score and share of hits among boxes of like score, mean over ten bins
@@ -51,8 +53,9 @@ metrics (`null` or n/a: not defined, such as a mean over no true boxes):
 boxes: correct (a hit), shifted (IoU from 0.1 up to --iou), duplicate (its true box is taken), background (the rest);
   missed are true boxes without a correct or shifted one, malformed the pieces that could not be read.
 
-policies: merge: labels do not count. multi-class: labels must agree, up to case, spaces, `_` and `-`. table-only: of
-  the true boxes those labelled nutrition-table, and all predicted ones.
+policies: merge: labels do not count (default where the truth has one label). multi-class: labels must agree, up to
+  case, spaces, `_` and `-` (default where it has several). table-only: of the true boxes those labelled
+  nutrition-table, and all predicted ones.
 
 families (`config.model_type`): Qwen2-VL and Qwen3-VL write boxes on a grid from 0 to 1000, Qwen2.5-VL in pixels of the
   resized image (without `resized`, the model's published pixel budget is assumed).
@@ -81,7 +84,7 @@ def read_line(text: bytes, place: str, family: str) -> dict:
         raise ValueError(f"{place} is not JSON: {LINE_FORMAT}.") from error
     if problem := describe_line_problem(line):
         raise ValueError(f"{place}: {problem}; {LINE_FORMAT}.")
-    return keep_scores(add_answer(line, Answer(line["raw"]), family), line.get("prediction"))
+    return keep_scores(add_answer(line, Answer(line["raw"]), Task("", family=family)), line.get("prediction"))
 
 
 def keep_scores(record: dict, stored: object) -> dict:
@@ -129,10 +132,16 @@ def is_labelled_box(value: object) -> bool:
     return is_box and has_area(box)
 
 
+def choose_policy(records: Sequence[dict]) -> str:
+    """Labels count where the truth has several of them."""
+    labels = {normalize_label(labelled["label"]) for record in records for labelled in record["truth"]}
+    return "multi-class" if len(labels) > 1 else "merge"
+
+
 def print_report(report: dict) -> None:
     """A report as tables for people."""
     for name, value, interval in list_metrics(report):
-        print(f"{name:<18}{value:>6}  {interval and f'[{interval}]'}".rstrip())
+        print(f"{name:<22}{value:>6}  {interval and f'[{interval}]'}".rstrip())
     print(f"{report['n']} pictures; hits from IoU {report['iou_threshold']} on; labels: {report['policy']}")
     print("boxes: " + ", ".join(f"{count} {kind}" for kind, count in report["errors"].items()))
     if report["labels"]:
@@ -148,8 +157,8 @@ def create_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--predictions", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument("--iou", type=float, default=0.5, help="IoU from which on a pair of boxes is a hit")
-    parser.add_argument("--policy", choices=POLICIES, default="merge", help="which labels count, and whether they do")
-    parser.add_argument("--family", choices=[*GRID_FAMILIES, *PIXEL_FAMILIES], default="qwen2_vl")
+    parser.add_argument("--policy", choices=POLICIES, help="which labels count, and whether they do")
+    parser.add_argument("--family", choices=FAMILIES, default="qwen2_vl")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     return parser
 
@@ -166,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"{options.predictions} cannot be read ({error.strerror}): give --predictions an existing file")
     except ValueError as error:
         parser.error(str(error))
-    report = build_report(records, options.iou, options.policy)
+    report = build_report(records, options.iou, options.policy or choose_policy(records))
     if options.json:
         print(json.dumps(report, indent=2))
     else:

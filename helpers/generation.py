@@ -10,9 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, Qwen2VLProcessor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
-from helpers.conversation import to_conversation
+from helpers.conversation import Task, to_conversation
 
 
 @dataclass(frozen=True)
@@ -20,15 +25,15 @@ class Detector:
     """A model that writes boxes, with all that its answers depend on."""
 
     model: PreTrainedModel
-    processor: Qwen2VLProcessor
-    prompt: str
+    processor: ProcessorMixin
+    task: Task
     max_new_tokens: int = 256
     batch_size: int | None = None  # None: what fits into the free memory
 
 
 def to_question(image: Image.Image, detector: Detector) -> dict[str, torch.Tensor]:
     """The detector's question about one image as processor tensors."""
-    messages = to_conversation(detector.prompt)
+    messages = to_conversation(detector.task)
     text = detector.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     question = dict(detector.processor(text=[text], images=[[image]], return_tensors="pt"))
     return question | {"pixel_values": question["pixel_values"].to(detector.model.dtype)}
@@ -44,7 +49,7 @@ def join_questions(questions: Sequence[dict[str, torch.Tensor]], detector: Detec
         if tensor.shape == questions[0]["input_ids"].shape:
             fill = detector.processor.tokenizer.pad_token_id if name == "input_ids" else 0
             rows = [torch.nn.functional.pad(row, (longest - row.shape[1], 0), value=fill) for row in rows]
-        batch[name] = torch.cat([row.to(detector.model.device) for row in rows])
+        batch[name] = torch.cat([row.to(detector.model.device, non_blocking=True) for row in rows])
     return batch
 
 

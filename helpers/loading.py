@@ -15,10 +15,11 @@ from bitsandbytes.nn import Linear4bit
 from PIL import Image
 from transformers import (
     AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     BitsAndBytesConfig,
     PreTrainedModel,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLProcessor,
+    ProcessorMixin,
 )
 
 PACKAGES = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"]  # whose versions a result depends on
@@ -31,12 +32,12 @@ def best_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_processor(model_id: str, max_pixels: int) -> Qwen2VLProcessor:
+def load_processor(model_id: str, max_pixels: int) -> ProcessorMixin:
     """The model's processor, with its pixel budget lowered to `max_pixels` if it is above.
 
     Raises ValueError when the budget is under the smallest image, or is not kept.
     """
-    processor = Qwen2VLProcessor.from_pretrained(model_id)
+    processor = AutoProcessor.from_pretrained(model_id)
     image_processor, size = processor.image_processor, processor.image_processor.size
     size["longest_edge"] = max_pixels = min(max_pixels, size["longest_edge"])
     if max_pixels < size["shortest_edge"]:
@@ -47,13 +48,20 @@ def load_processor(model_id: str, max_pixels: int) -> Qwen2VLProcessor:
     return processor
 
 
+def pixel_budget(processor: ProcessorMixin) -> dict[str, int]:
+    """The processor's settings as arguments of `resized_size`."""
+    images, size = processor.image_processor, processor.image_processor.size
+    limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    return {"factor": images.patch_size * images.merge_size} | limits
+
+
 AREAS = ["visual", "language_model", "lm_head"]  # parts of the paths in `named_parameters`
 
 
 def build_empty_model(model_id: str) -> PreTrainedModel:
     """The model without weights, on the meta device: names, shapes and counts cost no memory."""
     with torch.device("meta"):
-        return Qwen2VLForConditionalGeneration(AutoConfig.from_pretrained(model_id))
+        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(model_id))
 
 
 def area_of(name: str) -> str:
@@ -73,12 +81,12 @@ KEPT_MODULES = ("model.visual", "lm_head")  # not quantised
 
 
 def load_model(model_id: str, quantized: bool, dtype: torch.dtype, kept_modules=KEPT_MODULES) -> PreTrainedModel:
-    """Load Qwen2-VL, in NF4 but for `kept_modules` if `quantized`. Raises RuntimeError if it came out otherwise."""
+    """Load a model, in NF4 but for `kept_modules` if `quantized`. Raises RuntimeError if it came out otherwise."""
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     nf4 |= {"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": list(kept_modules)}  # a historic name
     arguments = {"dtype": dtype, "attn_implementation": "sdpa", "device_map": choose_device_map()}
     arguments |= {"quantization_config": BitsAndBytesConfig(**nf4)} if quantized else {}
-    model = Qwen2VLForConditionalGeneration.from_pretrained(model_id, **arguments)
+    model = AutoModelForImageTextToText.from_pretrained(model_id, **arguments)
     check_quantization(model, quantized, kept_modules)
     return model
 

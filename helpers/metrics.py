@@ -4,7 +4,7 @@ Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `m
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -56,6 +56,7 @@ RATIOS = {  # metric: numerator, denominator; columns of `score_images`
     "precision": ("true_positives", "predictions"),
     "recall": ("true_positives", "truths"),
     "malformed_rate": ("malformed", "images"),
+    "boxes_per_empty_image": ("predictions_on_empty", "empty"),
 }
 
 
@@ -65,6 +66,7 @@ def score_image(record: dict, threshold: float) -> dict[str, float]:
     ious = compute_ious(truth, prediction)
     iou = assigned_ious(ious).mean() if truth else 0.0
     counts = {"images": 1, "with_truth": len(truth) > 0, "truths": len(truth), "predictions": len(prediction)}
+    counts |= {"empty": not truth, "predictions_on_empty": 0 if truth else len(prediction)}
     counts |= {"iou": iou, "iou_gt_0.5": iou > 0.5, "iou_gt_0.7": iou > 0.7}
     counts |= {"detected": len(prediction) > 0, "malformed": len(record.get("unread", [])) > 0}
     counts["true_positives"] = (ious[assign_boxes(ious, threshold)] >= threshold).sum()
@@ -103,12 +105,14 @@ def summarize(records: Sequence[dict], threshold: float = 0.5) -> dict[str, floa
     return {name: None if math.isnan(value) else float(value) for name, value in metrics.items()} | {"n": len(records)}
 
 
-def resample_weights(records: Sequence[dict], resamples: int = 2000, seed: int = 0) -> np.ndarray:
-    """How often each image is in each bootstrap resample of whole groups, (resamples, images)."""
+def resample_weights(records: Sequence[dict], resamples: int = 2000, seed: int = 0) -> Iterator[np.ndarray]:
+    """How often each image is in each bootstrap resample of whole groups, (100, images) at a time."""
     keys = [record.get("group") or ("image", number) for number, record in enumerate(records)]
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    drawn = np.random.default_rng(seed).multinomial(len(numbers), np.full(len(numbers), 1 / len(numbers)), resamples)
-    return drawn[:, [numbers[key] for key in keys]]
+    columns, shares = [numbers[key] for key in keys], np.full(len(numbers), 1 / len(numbers))
+    generator = np.random.default_rng(seed)
+    for start in range(0, resamples, 100):
+        yield generator.multinomial(len(numbers), shares, min(100, resamples - start))[:, columns]
 
 
 def percentile_interval(values: np.ndarray) -> tuple[float, float] | None:
@@ -119,7 +123,9 @@ def percentile_interval(values: np.ndarray) -> tuple[float, float] | None:
 
 def bootstrap_metrics(records: Sequence[dict], threshold: float = 0.5, seed: int = 0) -> dict[str, np.ndarray]:
     """All metrics of `summarize` but the median, on every resample, (resamples,) each."""
-    return compute_metrics(score_images(records, threshold), resample_weights(records, seed=seed))
+    scores = score_images(records, threshold)
+    blocks = [compute_metrics(scores, weights) for weights in resample_weights(records, seed=seed)]
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
 def bootstrap_intervals(records: Sequence[dict], threshold: float = 0.5, seed: int = 0) -> dict[str, tuple | None]:
@@ -143,7 +149,7 @@ def compare_records(records: Sequence[dict], others: Sequence[dict], metric: str
     check_same_images(records, others)
     difference = summarize(others)[metric] - summarize(records)[metric]
     low, high = percentile_interval(bootstrap_metrics(others)[metric] - bootstrap_metrics(records)[metric])
-    more, less = ("worse", "better") if metric == "malformed_rate" else ("better", "worse")
+    more, less = ("worse", "better") if metric in ("malformed_rate", "boxes_per_empty_image") else ("better", "worse")
     verdict = more if low > 0 else less if high < 0 else "no difference seen"
     return {"difference": difference, "low": low, "high": high, "verdict": verdict}
 

@@ -34,7 +34,7 @@ def measure_agreement(records: Sequence[dict], reference: Sequence[dict]) -> flo
 
 def bootstrap_agreement(records: Sequence[dict], reference: Sequence[dict]) -> np.ndarray:
     """`measure_agreement` on resamples of the images: the same ones for every model, so differences are paired."""
-    weights = resample_weights(reference)
+    weights = np.concatenate(list(resample_weights(reference)))
     scores = [score_agreement(*pair) for pair in zip(records, reference, strict=True)]
     return weights @ np.array(scores) / weights.sum(axis=1)
 

@@ -16,7 +16,7 @@ from helpers.loading import build_empty_model, summarize_trainables_by_area
 
 LLM_LAYERS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 BITS = {"bf16": 16, "nf4": 4, "fp8": 8}  # precisions; bf16 stands for float16 or float32 where there is no bfloat16
-VISION_LAYERS = r".*visual\.blocks\.\d+\.(attn\.qkv|mlp\.fc[12])"
+VISION_LAYERS = r".*visual\.blocks\.\d+\.(attn\.qkv|mlp\.((linear_)?fc[12]|(gate|up|down)_proj))"  # of all families
 
 
 @dataclass(frozen=True)

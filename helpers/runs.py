@@ -6,11 +6,12 @@ Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `m
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pandas as pd
 
+from helpers.conversation import Task
 from helpers.metrics import bootstrap_intervals, summarize
 
 
@@ -26,8 +27,13 @@ class RunFolder:
         return (self.path / "recipe.json").exists()
 
     def read_recipe(self) -> dict:
-        """`recipe.json`: the recipe's fields, what it started from, settings, prompt and versions."""
+        """`recipe.json`: the recipe's fields, what it started from, task, settings and versions."""
         return json.loads((self.path / "recipe.json").read_text())
+
+    def read_task(self) -> Task:
+        """What the model was trained to answer, from `recipe.json`."""
+        saved = self.read_recipe()
+        return Task(**{part.name: saved[part.name] for part in fields(Task)})
 
     def read_log(self, key: str) -> pd.Series:
         """One logged number by optimiser step, from `trainer_state.json`."""

@@ -17,9 +17,8 @@ import xxhash
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._triton import has_triton
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures as VisionOutput
 
-from helpers.detection import pixel_budget
 from helpers.generation import Detector
 from helpers.loading import best_dtype
 from helpers.recipes import TrainingRecipe
@@ -40,10 +39,12 @@ def count_activations(model: PreTrainedModel, recipe: TrainingRecipe, checkpoint
     text, vision = model.config.get_text_config(), model.config.vision_config
     patches = max_pixels / vision.patch_size**2
     tokens = patches / vision.spatial_merge_size**2 + 128
-    inner = vision.embed_dim * vision.mlp_ratio
+    block = model.model.visual.blocks[0]
+    vision_width = block.attn.qkv.in_features
+    inner = max(layer.out_features for layer in block.mlp.modules() if isinstance(layer, torch.nn.Linear))
     towers = [(tokens, text.hidden_size, text.intermediate_size, text.num_hidden_layers, recipe.train_llm != "frozen")]
     if recipe.train_vision != "frozen":
-        towers.append((patches, vision.embed_dim, inner, vision.depth, True))
+        towers.append((patches, vision_width, inner, vision.depth, True))
     total, largest = 0.0, 0.0
     for count, width, inner, depth, is_trained in towers:
         layer = count * (6 * width + 3.6 * inner if is_trained else 4 * width + 2.5 * inner)
@@ -81,7 +82,7 @@ def plan_memory(detector: Detector, recipe: TrainingRecipe, settings: SimpleName
 
     MICRO_BATCH_SIZE and GRADIENT_CHECKPOINTING of the settings take its place where they are given.
     """
-    pixels = pixel_budget(detector.processor)["max_pixels"]
+    pixels = detector.task.pixel_budget["max_pixels"]
     # in float32: weight, gradient, two moments; a vision tower that is trained whole was loaded in 16 bits before
     fixed = count_trained(detector.model, recipe) * (14 if recipe.train_vision == "full" else 16)
     sizes = [settings.micro_batch_size] if settings.micro_batch_size else halvings(settings.batch_size)
@@ -153,19 +154,22 @@ def cache_features(visual: PreTrainedModel, folder: Path) -> None:
     """
     compute, weights = visual.forward, hash_tensors(visual.parameters())
 
-    def recall(patches: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    def recall(patches: torch.Tensor, grid: torch.Tensor) -> list[torch.Tensor]:
         file = folder / weights / f"{hash_tensors([patches, grid])}.safetensors"
         try:
-            return safetensors.torch.load_file(file, device=str(patches.device))["features"]
+            return list(safetensors.torch.load_file(file, device=str(patches.device)).values())
         except FileNotFoundError:
             with torch.autocast(patches.device.type, enabled=False):
-                features = compute(patches, grid_thw=grid).pooler_output
-            write_file(file, safetensors.torch.save({"features": features.contiguous()}))
+                output = compute(patches, grid_thw=grid, return_dict=True)
+            features = [output.pooler_output, *output.get("deepstack_features", [])]
+            named = {f"{place}": tensor.contiguous() for place, tensor in enumerate(features)}
+            write_file(file, safetensors.torch.save(named))
             return features
 
-    def forward(hidden_states: torch.Tensor, grid_thw: torch.Tensor, **options) -> BaseModelOutputWithPooling:
+    def forward(hidden_states: torch.Tensor, grid_thw: torch.Tensor, **options) -> VisionOutput:
         images = zip(hidden_states.split(grid_thw.prod(dim=1).tolist()), grid_thw.split(1), strict=True)
-        return BaseModelOutputWithPooling(pooler_output=torch.cat([recall(*image) for image in images]))
+        first, *others = map(torch.cat, zip(*(recall(*image) for image in images), strict=True))
+        return VisionOutput(pooler_output=first, deepstack_features=others)
 
     visual.forward = forward
 

@@ -37,8 +37,8 @@ import yaml
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "fine_tuning_vlm_for_object_detection_trl.ipynb"
 NOTEBOOK_ONLY = ("RECIPES", "COLLATOR_STEPS", "PUSH_TO_HUB")  # settings that mean nothing here
-TYPES = {"NUM_EPOCHS": float, "OUTPUT_DIR": Path, "PRECISION": str, "COMPILE": bool, "GRADIENT_CHECKPOINTING": bool}
-# of settings whose default does not tell
+TYPES = {"NUM_EPOCHS": float, "OUTPUT_DIR": Path, "COMPILE": bool, "GRADIENT_CHECKPOINTING": bool}
+TYPES |= dict.fromkeys(["LABELS", "SYSTEM_MESSAGE", "QUESTION", "PRECISION"], str)  # whose default does not tell
 
 
 # The command line

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,16 +18,16 @@ import safetensors.torch
 import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from helpers.collators import COLLATORS
-from helpers.conversation import QUESTION, SYSTEM_MESSAGE
+from helpers.conversation import create_task
 from helpers.data import Splits, to_training_dataset
-from helpers.detection import evaluate_detector, pixel_budget
+from helpers.detection import evaluate_detector
 from helpers.generation import Detector
 from helpers.loading import PACKAGES, area_of, best_dtype, load_model, load_processor, release_memory
 from helpers.metrics import summarize
@@ -47,10 +48,11 @@ from helpers.speed import (
 )
 
 
-def create_detector(model: PreTrainedModel, settings: SimpleNamespace) -> Detector:
-    """A model with the base's processor and the settings' limits, asked with QUESTION."""
+def create_detector(model: PreTrainedModel, settings: SimpleNamespace, labels: Sequence[str]) -> Detector:
+    """A model with the base's processor and the settings' limits, asked about the labels."""
     processor = load_processor(settings.model_id, settings.max_pixels)
-    return Detector(model, processor, QUESTION, settings.max_new_tokens, settings.eval_batch_size)
+    task = create_task(processor, labels, settings)
+    return Detector(model, processor, task, settings.max_new_tokens, settings.eval_batch_size)
 
 
 OPTIMISATION = {"optim": "adamw_torch_fused", "lr_scheduler_type": "cosine", "warmup_steps": 0.03}  # 0.03 of all steps
@@ -157,9 +159,9 @@ class DetectionTrainer(SFTTrainer):
             parts = split_batch(inputs, self.micro_batch_size)
             return sum(super(DetectionTrainer, self).training_step(model, part, num_items_in_batch) for part in parts)
         except torch.cuda.OutOfMemoryError as error:
-            if self.micro_batch_size == 1:
-                remedy = "Set GRADIENT_CHECKPOINTING=True, PRECISION='nf4', or a lower MAX_PIXELS."
-                raise RuntimeError(f"A single image does not fit into the memory. {remedy}") from error
+            if self.micro_batch_size == 1 or self.args.world_size > 1:  # others of torchrun's processes would wait
+                remedy = "Lower MICRO_BATCH_SIZE; at 1, set GRADIENT_CHECKPOINTING=True or a lower MAX_PIXELS."
+                raise RuntimeError(f"Out of memory with {self.micro_batch_size} images at once. {remedy}") from error
         self.micro_batch_size //= 2
         print(f"out of memory: going on with {self.micro_batch_size} images at once")
         model.zero_grad()
@@ -207,8 +209,8 @@ def build_trainer(
         splits.validation,
         plan.micro_batch_size,
         args=create_training_config(recipe, settings, plan),
-        train_dataset=to_training_dataset(splits.train, detector.prompt, settings.flip_probability),
-        eval_dataset=to_training_dataset(splits.validation, detector.prompt, flip_probability=0.0),
+        train_dataset=to_training_dataset(splits.train, detector.task, settings.flip_probability),
+        eval_dataset=to_training_dataset(splits.validation, detector.task, flip_probability=0.0),
         data_collator=COLLATORS[recipe.collator](detector.processor),
         peft_config=build_lora_config_for_recipe(recipe),
         callbacks=[TrainingProgress()],
@@ -257,14 +259,15 @@ def adjust(recipe: TrainingRecipe, settings: SimpleNamespace) -> TrainingRecipe:
 def train(recipe: TrainingRecipe, settings: SimpleNamespace, splits: Splits, start: str) -> RunFolder:
     """Train a recipe without stages from the weights in `start`; an interrupted run goes on from its checkpoint."""
     run = RunFolder(Path(settings.output_dir) / recipe.name)
-    detector = create_detector(load_model(start, recipe.quantized, best_dtype()), settings)
+    detector = create_detector(load_model(start, recipe.quantized, best_dtype()), settings, splits.labels)
     trainer = build_trainer(detector, recipe, settings, splits)
     if interrupted := find_checkpoint(run.path):
         print(f"going on from {interrupted} (delete it to start again)")
     trainer.train(resume_from_checkpoint=interrupted)
     if can_compile(settings):
         print(describe_compilation())
-    save_trained(trainer, run, asdict(recipe) | {"started_from": start} | describe_settings(detector, settings))
+    started = {"started_from": start, "base": os.path.relpath(start, run.path)}
+    save_trained(trainer, run, asdict(recipe) | started | describe_settings(detector, settings))
     trainer.accelerator.free_memory()
     return run
 
@@ -275,11 +278,10 @@ def find_checkpoint(folder: Path) -> str | None:
 
 
 def describe_settings(detector: Detector, settings: SimpleNamespace) -> dict:
-    """What besides the recipe makes a result: settings, prompt, pixel budget, versions."""
-    asked = {"system_message": SYSTEM_MESSAGE, "prompt": detector.prompt}
+    """What besides the recipe makes a result: task, settings, versions."""
     versions = {package: importlib.metadata.version(package) for package in [*PACKAGES, "accelerate"]}
     given = json.loads(json.dumps(vars(settings), default=str))
-    return asked | {"pixel_budget": pixel_budget(detector.processor), "settings": given, "versions": versions}
+    return asdict(detector.task) | {"settings": given, "versions": versions}
 
 
 def save_trained(trainer: DetectionTrainer, run: RunFolder, provenance: dict) -> None:
@@ -299,10 +301,12 @@ def save_trained(trainer: DetectionTrainer, run: RunFolder, provenance: dict) ->
 
 def load_trained_model(folder: Path, precision: str | None = None) -> PreTrainedModel:
     """A full checkpoint, or an adapter on its base, in the precision of its training, or in another."""
-    precision = precision or RunFolder(folder).read_recipe()["precision"]
-    is_adapter = (folder / "adapter_config.json").exists()
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path if is_adapter else str(folder)
+    saved, is_adapter = RunFolder(folder).read_recipe(), (folder / "adapter_config.json").exists()
+    precision, beside = precision or saved["precision"], folder / saved["base"]  # which was moved with it, if it was
+    base = str(folder) if not is_adapter else str(beside) if beside.is_dir() else saved["started_from"]
     model = load_model(base, precision == "nf4", best_dtype())
+    if precision == "nf4" and torch.cuda.is_available() and free_memory() > 5 * model.get_memory_footprint():
+        model.dequantize(best_dtype())  # the same numbers, unpacked once in place of once a product
     use_packed_attention(model)
     if is_adapter:
         model = PeftModel.from_pretrained(model, str(folder)).to(best_dtype())  # its weights come in float32
@@ -311,7 +315,13 @@ def load_trained_model(folder: Path, precision: str | None = None) -> PreTrained
     return model.eval()
 
 
+def load_detector(folder: Path, settings: SimpleNamespace, precision: str | None = None) -> Detector:
+    """What a training left, asked as it was trained, under the settings' limits."""
+    model, task = load_trained_model(folder, precision), RunFolder(folder).read_task()
+    processor = load_processor(str(folder), settings.max_pixels)
+    return Detector(model, processor, task, settings.max_new_tokens, settings.eval_batch_size)
+
+
 def evaluate_run(run: RunFolder, settings: SimpleNamespace, rows: Dataset) -> dict:
     """Load from disk what a training left, evaluate it on the rows, write records and metrics; returns the metrics."""
-    detector = create_detector(load_trained_model(run.path), settings)
-    return run.write_records(evaluate_detector(detector, rows))
+    return run.write_records(evaluate_detector(load_detector(run.path, settings), rows))

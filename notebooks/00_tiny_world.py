@@ -57,7 +57,7 @@ import transformers
 
 from helpers.boxes import from_grid
 from helpers.collators import VISION_TOKENS
-from helpers.conversation import PROMPT, to_conversation
+from helpers.conversation import PROMPT, Task, to_conversation
 from helpers.data import describe_boxes, load_rows
 from helpers.generation import Detector, generate, to_questions
 from helpers.loading import best_dtype, load_model, load_processor
@@ -181,7 +181,7 @@ processor = load_processor(MODEL_ID, MAX_PIXELS)
 
 def ask(label: str, chosen: Sequence[int]) -> list[list[list[float]]]:
     """The boxes, in pixels, that the model gives for a label in each of the chosen images."""
-    detector = Detector(model, processor, PROMPT.format(label=label.replace("-", " ")), max_new_tokens=96)
+    detector = Detector(model, processor, Task(PROMPT.format(label=label.replace("-", " "))), max_new_tokens=96)
     answers = []
     for start in range(0, len(chosen), 32):
         batch = [images[number] for number in chosen[start : start + 32]]
@@ -275,7 +275,7 @@ def prompt_tokens() -> list[int]:
     """All tokens of system message and questions, in order of appearance; those of images have no label."""
     tokenizer, labels = processor.tokenizer, [label.replace("-", " ") for label in [*LABELS, TABLE_LABEL, "object"]]
     prompts = [wording.format(label=label) for wording in (PROMPT, PLAIN_PROMPT) for label in labels]
-    texts = [processor.apply_chat_template(to_conversation(prompt), tokenize=False) for prompt in prompts]
+    texts = [processor.apply_chat_template(to_conversation(Task(prompt)), tokenize=False) for prompt in prompts]
     image_tokens = tokenizer.convert_tokens_to_ids(VISION_TOKENS)
     tokens = dict.fromkeys(token for text in texts for token in tokenizer.encode(text))
     return [token for token in tokens if token not in image_tokens]

@@ -67,7 +67,7 @@ from helpers.plots import BLUE, ORANGE, PREDICTION_COLOUR, plot_images, to_jpeg
 # %% [markdown]
 # ## What is there
 #
-# `drop_bad_rows` decodes every image once and prints each row that cannot be used: no box, an impossible box, an image
+# `drop_bad_rows` decodes every image once and prints each row that cannot be used: an impossible box, an image
 # that is cut off. What it leaves out would have stopped a training run, or worse, gone into it.
 
 # %%

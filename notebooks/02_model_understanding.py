@@ -65,7 +65,7 @@ from transformers import Qwen2VLConfig
 
 from helpers.boxes import from_grid
 from helpers.collators import AssistantOnlyCollator
-from helpers.conversation import PROMPT, to_conversation
+from helpers.conversation import PROMPT, Task, to_conversation
 from helpers.data import load_rows, read_row
 from helpers.generation import Detector, generate, to_questions
 from helpers.loading import area_of, best_dtype, build_empty_model, load_model, load_processor
@@ -361,7 +361,7 @@ for pattern in (r"model\.layers\.\d+\.self_attn\.q_proj", r"model\.language_mode
 # %%
 model = load_model(MODEL_ID, quantized=False, dtype=best_dtype()).eval()
 processor = load_processor(MODEL_ID, MAX_PIXELS)
-detector = Detector(model, processor, PROMPT.format(label=LABEL), max_new_tokens=64)
+detector = Detector(model, processor, Task(PROMPT.format(label=LABEL)), max_new_tokens=64)
 rows = load_rows(DATASET_ID, EVAL_SPLIT, None, SEED)
 image = read_row(rows[IMAGE % len(rows)])[0]
 question = to_questions([image], detector)
@@ -461,7 +461,7 @@ to_jpeg(figure)
 
 # %%
 answer = generate(detector, question)[0]
-print(detector.prompt, answer.text, sep="\n")
+print(detector.task.question, answer.text, sep="\n")
 found = [from_grid(box, *image.size) for _, box in parse_answer(answer.text).objects]
 
 # %% [markdown]
@@ -490,7 +490,7 @@ def find_coordinates(tokens: Sequence[int]) -> dict[str, list[int]]:
     return {n: [i for i, e in enumerate(ends) if a < e <= b] for n, (a, b) in zip(names, spans, strict=False)}
 
 
-messages = to_conversation(detector.prompt, answer.text.removesuffix("<|im_end|>"))
+messages = to_conversation(detector.task, answer.text.removesuffix("<|im_end|>"))
 batch = AssistantOnlyCollator(processor)([{"image": image, "messages": messages}])
 batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
 attention = attend(batch)

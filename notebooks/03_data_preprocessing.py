@@ -61,11 +61,12 @@ from torchvision.ops import box_iou
 
 from helpers.boxes import flip_horizontally, from_grid, resized_size, to_grid
 from helpers.collators import COLLATORS, VISION_TOKENS, find_assistant_tokens
-from helpers.conversation import QUESTION, format_answer, to_conversation
+from helpers.conversation import PROMPT, Task, format_answer, to_conversation
 from helpers.data import describe_boxes, load_rows, read_headers, read_row, to_training_example
-from helpers.detection import pixel_budget
-from helpers.loading import load_processor
+from helpers.loading import load_processor, pixel_budget
 from helpers.plots import BLUE, ORANGE, PREDICTION_COLOUR, TRUTH_COLOUR, draw_boxes, plot_images, to_jpeg
+
+TASK = Task(PROMPT.format(label="nutrition table"))
 
 processor = load_processor(MODEL_ID, MAX_PIXELS)
 tokenizer, image_processor = processor.tokenizer, processor.image_processor
@@ -92,7 +93,7 @@ row = rows[int(middling.image[(middling.x1 + middling.x2 - 1).abs().idxmax()])]
 # %%
 image, boxes, labels = read_row(row)
 on_grid = [to_grid(box, *image.size) for box in boxes]
-conversation = to_conversation(QUESTION, format_answer(labels, on_grid))
+conversation = to_conversation(TASK, format_answer(labels, on_grid))
 print("pixels of", image.size, [[round(v, 1) for v in box] for box in boxes])
 print("on the grid", on_grid)
 conversation
@@ -411,7 +412,7 @@ def plot_trained_tokens(batches: dict[str, dict[str, torch.Tensor]], tokenizer, 
 
 # %%
 most = max(range(len(rows)), key=lambda number: len(rows[number]["objects"]["bbox"]))
-example = to_training_example(rows[most], QUESTION, flip_probability=0.0)
+example = to_training_example(rows[most], TASK, flip_probability=0.0)
 strips = {variant: collator(processor)([example]) for variant, collator in COLLATORS.items()}
 plot_trained_tokens(strips, tokenizer)
 plt.show()
@@ -447,7 +448,7 @@ def analyze_token_distribution(batch: dict[str, torch.Tensor], tokenizer) -> pd.
 
 # %%
 chosen = [most, *(number for number in range(min(8, len(rows))) if number != most)][:8]
-examples = [to_training_example(rows[number], QUESTION, flip_probability=0.0) for number in chosen]
+examples = [to_training_example(rows[number], TASK, flip_probability=0.0) for number in chosen]
 batches = {variant: collator(processor)(examples) for variant, collator in COLLATORS.items()}
 tables = {variant: analyze_token_distribution(batch, tokenizer) for variant, batch in batches.items()}
 counts = pd.DataFrame({variant: table["trained"] for variant, table in tables.items()}).add_prefix("trained by ")
@@ -494,7 +495,7 @@ def count_text_tokens(objects: dict) -> int:
     """Tokens of a training row without those of its image, before padding."""
     grid_boxes = [to_grid([x1, y1, x2, y2], 1, 1) for y1, x1, y2, x2 in objects["bbox"]]
     answer = format_answer(objects["category_name"], grid_boxes)
-    text = processor.apply_chat_template(to_conversation(QUESTION, answer), tokenize=False)
+    text = processor.apply_chat_template(to_conversation(TASK, answer), tokenize=False)
     return len(tokenizer.encode(text, add_special_tokens=False)) - 1
 
 

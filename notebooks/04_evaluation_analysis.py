@@ -52,7 +52,6 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from types import SimpleNamespace
 
 # when imported on a CPU it asks for an optional package that would download kernels
@@ -71,9 +70,8 @@ from PIL import Image
 from transformers.utils.logging import disable_progress_bar as disable_loading_bar
 
 from helpers import evaluation
-from helpers.conversation import PROMPT
 from helpers.data import load_rows, read_row
-from helpers.detection import add_answer
+from helpers.detection import add_answer, normalize_label
 from helpers.generation import Answer, Detector, generate, to_questions
 from helpers.loading import best_dtype, load_model, release_memory
 from helpers.metrics import (
@@ -95,7 +93,7 @@ from helpers.parsing import parse_answer
 from helpers.plots import BLUE, MODEL_COLOURS, ORANGE, plot_differences, plot_images, to_jpeg
 from helpers.runs import RunFolder, write_file
 from helpers.tiny.packages import draw_package
-from helpers.training import create_detector, load_trained_model
+from helpers.training import create_detector, load_detector
 
 disable_progress_bar()
 disable_loading_bar()
@@ -521,7 +519,7 @@ pd.DataFrame(rows).T.style.format(precision=3).format("{:.0f}", subset=["boxes"]
 # %%
 trained_run = RunFolder(folders[best])
 settings = SimpleNamespace(**trained_run.read_recipe()["settings"])
-detector = create_detector(load_trained_model(trained_run.path), settings)
+detector = load_detector(trained_run.path, settings)
 eval_rows = load_rows(DATASET_ID, EVAL_SPLIT, None, SEED)
 numbers = {image_id: number for number, image_id in enumerate(eval_rows["image_id"])}
 
@@ -534,8 +532,7 @@ def ask(detector: Detector, images: Sequence[Image.Image], at_once: int = 16) ->
 
 on_file = records_by_name[best][:PROBED]
 answers = ask(detector, [read_row(eval_rows[numbers[record["id"]]])[0] for record in on_file])
-family = detector.model.config.model_type
-probed = [add_answer(record, answer, family) for record, answer in zip(on_file, answers, strict=True)]
+probed = [add_answer(record, answer, detector.task) for record, answer in zip(on_file, answers, strict=True)]
 same = sum(answer.text == record["raw"] for answer, record in zip(answers, on_file, strict=True))
 print(f"{best}: {same} of {len(probed)} answers are word for word those on file")
 
@@ -809,11 +806,6 @@ POLICIES = ("merge", "multi-class", "table-only")
 TABLE = "nutrition-table"
 
 
-def normalize_label(label: str) -> str:
-    """Labels that differ in case, spaces, underscores or hyphens only are the same."""
-    return re.sub(r"[\s_-]+", "-", label.strip().lower())
-
-
 def apply_policy(records: Sequence[dict], policy: str) -> list[dict]:
     """The records as a policy wants them compared. Raises ValueError for an unknown policy.
 
@@ -872,7 +864,7 @@ FIRST_SEED = 3_000_000_000  # neither the dataset nor the pretraining uses seeds
 del detector
 release_memory()
 base_model = load_model(settings.model_id, quantized=False, dtype=best_dtype()).eval()
-base = replace(create_detector(base_model, settings), prompt=PROMPT.format(label="object"))
+base = create_detector(base_model, settings, ["object"])
 packages = [draw_package(FIRST_SEED + number) for number in range(DRAWN)]
 labelled_records = [
     {
@@ -884,7 +876,7 @@ labelled_records = [
     for number, (image, objects) in enumerate(packages)
 ]
 base_answers = ask(base, [image for image, _ in packages])
-of_base = [add_answer(record, a, family) for record, a in zip(labelled_records, base_answers, strict=True)]
+of_base = [add_answer(record, a, base.task) for record, a in zip(labelled_records, base_answers, strict=True)]
 rows = {policy: measure(apply_policy(of_base, policy)) for policy in POLICIES}
 pd.DataFrame(rows).T[["mean_iou", "precision", "recall", "f1", "mAP"]].style.format(precision=3)
 
@@ -965,8 +957,9 @@ def build_report(records: Sequence[dict], threshold: float = 0.5, policy: str = 
 def median_interval(records: Sequence[dict]) -> tuple[float, float] | None:
     """The bootstrap interval of the median IoU over images with true boxes; None without any."""
     ious = image_ious(records)
-    weights = resample_weights(records) * ~np.isnan(ious)
-    return percentile_interval(weighted_median(np.nan_to_num(ious), weights))
+    known, values = ~np.isnan(ious), np.nan_to_num(ious)
+    medians = [weighted_median(values, weights * known) for weights in resample_weights(records)]
+    return percentile_interval(np.concatenate(medians))
 
 
 def weighted_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

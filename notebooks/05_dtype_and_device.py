@@ -80,12 +80,14 @@ from peft import get_peft_model
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Trainer, TrainingArguments
 
 from helpers.collators import AssistantOnlyCollator
-from helpers.conversation import PROMPT, QUESTION
+from helpers.conversation import PROMPT, Task
 from helpers.data import load_rows, read_row, to_training_dataset
 from helpers.generation import Detector, generate, to_questions
 from helpers.loading import area_of, load_model, load_processor, release_memory
 from helpers.plots import BLUE, LIGHT, ORANGE
 from helpers.recipes import R1, apply_freeze_policy, build_lora_config_for_recipe
+
+TASK = Task(PROMPT.format(label="nutrition table"))
 
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)  # PEFT's
@@ -230,7 +232,7 @@ plt.show()
 processor = load_processor(MODEL_ID, MAX_PIXELS)
 collate = AssistantOnlyCollator(processor)
 rows = load_rows(DATASET_ID, TRAIN_SPLIT, max(STEPS * TRAIN_BATCH_SIZE, 4 * BATCH_SIZE), SEED)
-examples = to_training_dataset(rows, QUESTION, 0.0)
+examples = to_training_dataset(rows, TASK, 0.0)
 
 
 def cut_batches(count: int, size: int) -> list[dict]:
@@ -567,7 +569,7 @@ plt.show()
 # %%
 def ask(model: torch.nn.Module, label: str, autocast: bool = False) -> list[str]:
     """Answers about the images of the evaluation split."""
-    detector, texts = Detector(model, processor, PROMPT.format(label=label), max_new_tokens=64), []
+    detector, texts = Detector(model, processor, Task(PROMPT.format(label=label)), max_new_tokens=64), []
     context = torch.autocast(model.device.type, torch.bfloat16) if autocast else nullcontext()
     for first in range(0, len(images), 8):
         with context:

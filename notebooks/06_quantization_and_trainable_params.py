@@ -76,7 +76,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from helpers.collators import AssistantOnlyCollator
-from helpers.conversation import PROMPT, QUESTION
+from helpers.conversation import PROMPT, Task
 from helpers.data import load_rows, read_row, to_training_dataset
 from helpers.detection import evaluate_detector
 from helpers.generation import Detector
@@ -88,6 +88,8 @@ from helpers.recipes import CATALOGUE, TrainingRecipe
 from helpers.recipes import apply_freeze_policy, build_lora_config_for_recipe, count_trainables
 from helpers.runs import RunFolder
 from helpers.training import load_trained_model
+
+TASK = Task(PROMPT.format(label="nutrition table"))
 
 # PEFT itself uses the old name; the new one does not exist in all versions allowed here
 warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
@@ -235,7 +237,7 @@ def measure_layer(name: str, layer: torch.nn.Linear, given: torch.Tensor) -> lis
 # %%
 processor = load_processor(MODEL_ID, MAX_PIXELS)
 rows = load_rows(DATASET_ID, EVAL_SPLIT, max(SAMPLES, 2 * BATCH_SIZE), SEED)
-training_rows = to_training_dataset(rows, QUESTION, flip_probability=0.0)
+training_rows = to_training_dataset(rows, TASK, flip_probability=0.0)
 collate = AssistantOnlyCollator(processor)
 batch, other_batch = (
     {name: tensor.to(model.device) for name, tensor in collate([training_rows[n] for n in numbers]).items()}
@@ -350,7 +352,7 @@ def measure_agreement(records: Sequence[dict], reference: Sequence[dict]) -> flo
 
 def bootstrap_agreement(records: Sequence[dict], reference: Sequence[dict]) -> np.ndarray:
     """`measure_agreement` on resamples of the images: the same ones for every model, so differences are paired."""
-    weights = resample_weights(reference)
+    weights = np.concatenate(list(resample_weights(reference)))
     scores = [score_agreement(*pair) for pair in zip(records, reference, strict=True)]
     return weights @ np.array(scores) / weights.sum(axis=1)
 
@@ -402,7 +404,7 @@ records, memory = {}, {}
 for version, (quantized, kept) in MADE_OF.items():
     loaded = load_model(MODEL_ID, quantized, best_dtype(), kept)
     memory[version] = summarize_memory(loaded)
-    detector = Detector(loaded, processor, PROMPT.format(label="object"), MAX_NEW_TOKENS)
+    detector = Detector(loaded, processor, Task(PROMPT.format(label="object")), MAX_NEW_TOKENS)
     records[version] = evaluate_detector(detector, rows.select(range(min(SAMPLES, len(rows)))), show_progress=False)
     del loaded, detector
     release_memory()

@@ -49,6 +49,7 @@ def make_settings(base, dataset_folder) -> Callable[..., SimpleNamespace]:
     def make(output_dir: Path, **changes) -> SimpleNamespace:
         names = {"model_id": str(base), "dataset_id": str(dataset_folder), "output_dir": str(output_dir)}
         data = {"train_split": "train", "eval_split": "val", "train_samples": None, "eval_samples": None}
+        data |= {"labels": None, "system_message": None, "question": None}
         data |= {"validation_samples": 2, "max_pixels": 66 * 28 * 28, "flip_probability": 0.0}
         steps = {"num_epochs": 1, "max_steps": 4, "batch_size": 2, "micro_batch_size": None}
         steps |= {"gradient_checkpointing": None, "compile": None, "precision": None, "cache_features": True}

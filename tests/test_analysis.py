@@ -346,7 +346,18 @@ def test_report_by_hand():
     report = build_report(records, 0.7, "merge")
     assert list(report) == [
         *("mean_iou", "median_iou", "detection_rate", "iou_gt_0.5", "iou_gt_0.7", "mean_best_iou", "precision"),
-        *("recall", "malformed_rate", "f1", "mAP", "mAP50", "mAP75", "n", "calibration_error", "iou_threshold"),
+        *(
+            "recall",
+            "malformed_rate",
+            "boxes_per_empty_image",
+            "f1",
+            "mAP",
+            "mAP50",
+            "mAP75",
+            "n",
+            "calibration_error",
+            "iou_threshold",
+        ),
         *("policy", "intervals", "errors", "labels"),
     ]
     assert (report["iou_threshold"], report["policy"], report["labels"]) == (0.7, "merge", {})

@@ -4,8 +4,7 @@ import pytest
 from PIL import Image
 
 from helpers.boxes import (
-    GRID_FAMILIES,
-    PIXEL_FAMILIES,
+    FAMILIES,
     flip_horizontally,
     from_grid,
     from_model_coordinates,
@@ -55,18 +54,18 @@ def test_what_is_outside_is_clamped_to_the_image():
 
 
 @pytest.mark.parametrize("size", [(448, 336), (3024, 4032), (97, 1013)])
-@pytest.mark.parametrize("family", [*GRID_FAMILIES, *PIXEL_FAMILIES])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_within_half_a_cell_of_the_family(family, size):
     box = [0.123 * size[0], 0.377 * size[1], 0.689 * size[0], 0.941 * size[1]]
     back = from_model_coordinates(to_model_coordinates(box, *size, family), *size, family)
-    cells = (1000, 1000) if family in GRID_FAMILIES else resized_size(*size)
+    cells = (1000, 1000) if FAMILIES[family].coordinates == "grid" else resized_size(*size)
     errors = [abs(a - b) / s * n for a, b, s, n in zip(box, back, size * 2, cells * 2, strict=True)]
     assert max(errors) <= 0.5 + 1e-9
 
 
 @pytest.mark.parametrize("convert", [to_model_coordinates, from_model_coordinates])
 def test_unknown_family_is_refused(convert):
-    with pytest.raises(ValueError, match=r"'idefics3' models .* use a model whose model_type is one of"):
+    with pytest.raises(ValueError, match=r"'idefics3' models .* use one whose model_type is qwen2_vl, "):
         convert([0, 0, 1, 1], 10, 10, "idefics3")
 
 

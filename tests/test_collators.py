@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import Qwen2VLProcessor
 
 from helpers.collators import AllTokensCollator, AssistantOnlyCollator, find_assistant_tokens
-from helpers.conversation import format_answer, to_conversation
+from helpers.conversation import Task, format_answer, to_conversation
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,10 @@ def processor(base):
 
 def example(size, *boxes):
     answer = format_answer(["nutrition-table"] * len(boxes), boxes)
-    return {"image": Image.new("RGB", size), "messages": to_conversation("Detect every nutrition table.", answer)}
+    return {
+        "image": Image.new("RGB", size),
+        "messages": to_conversation(Task("Detect every nutrition table."), answer),
+    }
 
 
 def trained(processor, batch, row):

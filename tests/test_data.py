@@ -1,5 +1,6 @@
 """Data that people point the notebook at: what is wrong is said, named and left out, before it costs an hour."""
 
+import re
 from io import BytesIO
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from helpers.conversation import Task
 from helpers.data import (
     Splits,
     describe_boxes,
@@ -24,6 +26,7 @@ from helpers.data import (
     read_row,
     to_training_dataset,
 )
+from helpers.tiny.packages import draw_dataset
 
 BOX = [0.25, 0.1, 0.75, 0.5]  # y_min, x_min, y_max, x_max
 
@@ -73,6 +76,17 @@ def test_missing_objects(tmp_path):
         load_rows(dataset, "train", None, 0)
 
 
+def test_folders_in_other_formats_are_refused_with_the_command_that_converts_them(tmp_path):
+    (tmp_path / "yolo/images").mkdir(parents=True)
+    (tmp_path / "yolo/images/a.jpg").write_bytes(IMAGE["bytes"])
+    with pytest.raises(ValueError, match=r"no column .*python -m helpers\.import_dataset"):
+        load_rows(str(tmp_path / "yolo"), "train", None, 0)
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco/train.json").write_text('{"images": [1], "annotations": {"a": 1}, "categories": "x"}{')
+    with pytest.raises(ValueError, match=r"cannot be read as rows.*python -m helpers\.import_dataset"):
+        load_rows(str(tmp_path / "coco"), "train", None, 0)
+
+
 def test_missing_split(tmp_path):
     dataset = save(rows_of((IMAGE, [BOX])), tmp_path / "d")
     with pytest.raises(ValueError, match=r"no split 'val', only \['train'\]: set TRAIN_SPLIT / EVAL_SPLIT"):
@@ -95,19 +109,18 @@ def test_bad_rows_are_named_and_left_out(capsys):
         (IMAGE, []),
         (IMAGE, [BOX, [0.5, 0.5, 0.5, 0.9]]),
     )
-    assert drop_bad_rows(rows)["image_id"] == ["image-0"]
+    assert drop_bad_rows(rows)["image_id"] == ["image-0", "image-4"]  # an image without objects is data, too
     printed = capsys.readouterr().out
     assert "left out: image-1: box [0.10000000149011612, 0.10000000149011612, 1.2000000476837158, 0.5]" in printed
     assert "left out: image-2: image cannot be decoded (UnidentifiedImageError)" in printed
     assert "left out: image-3: image cannot be decoded (OSError)" in printed
-    assert "left out: image-4: no box" in printed
     assert "left out: image-5: box [0.5, 0.5, 0.5, 0.8999999761581421]" in printed
-    assert "1 of 6 rows are usable" in printed
+    assert "2 of 6 rows are usable" in printed
 
 
 def test_no_row_left():
     with pytest.raises(ValueError, match="No usable row is left"):
-        drop_bad_rows(rows_of((IMAGE, [])))
+        drop_bad_rows(rows_of((IMAGE, [[0, 0, 2, 2]])))
 
 
 def test_good_rows_are_all_kept(dataset_folder):
@@ -127,7 +140,7 @@ def test_boxes_refer_to_the_upright_image():
 
 
 def test_training_example():
-    row = to_training_dataset(rows_of((IMAGE, [BOX])), "Where?", flip_probability=0.0)[0]
+    row = to_training_dataset(rows_of((IMAGE, [BOX])), Task("Where?"), flip_probability=0.0)[0]
     assert row["image"].size == (40, 80)
     assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
     assert row["messages"][2]["content"][0]["text"] == (
@@ -136,13 +149,13 @@ def test_training_example():
 
 
 def test_mirrored_training_example():
-    row = to_training_dataset(rows_of((IMAGE, [BOX])), "Where?", flip_probability=1.0)[0]
+    row = to_training_dataset(rows_of((IMAGE, [BOX])), Task("Where?"), flip_probability=1.0)[0]
     assert "(500,250),(900,750)" in row["messages"][2]["content"][0]["text"]
 
 
 def test_an_image_is_mirrored_anew_each_time():
     torch.manual_seed(0)
-    dataset = to_training_dataset(rows_of((IMAGE, [BOX])), "Where?", flip_probability=0.5)
+    dataset = to_training_dataset(rows_of((IMAGE, [BOX])), Task("Where?"), flip_probability=0.5)
     assert len({dataset[0]["messages"][2]["content"][0]["text"] for _ in range(20)}) == 2
 
 
@@ -176,8 +189,37 @@ def test_held_back_images_share_no_barcode_with_the_others():
 
 
 def settings_for(folder, **changes):
-    names = {"dataset_id": str(folder), "train_split": "train", "eval_split": "val", "seed": 0}
+    names = {"dataset_id": str(folder), "train_split": "train", "eval_split": "val", "seed": 0, "labels": None}
     return SimpleNamespace(**names | {"train_samples": None, "eval_samples": None, "validation_samples": 4} | changes)
+
+
+@pytest.fixture(scope="module")
+def labelled_folder(tmp_path_factory):
+    """Eight packages to train on and eight to evaluate on, with boxes of two kinds of objects."""
+    folder = tmp_path_factory.mktemp("labelled") / "dataset"
+    draw_dataset(folder, train=8, validation=8, seed=2, labels=("logo", "barcode"))
+    return folder
+
+
+def labels_of(rows):
+    return {label for objects in rows["objects"] for label in objects["category_name"]}
+
+
+def test_all_labels_are_detected_unless_some_are_chosen(labelled_folder, capsys):
+    assert load_splits(settings_for(labelled_folder)).labels == ("barcode", "logo")
+    assert "boxes left out" not in capsys.readouterr().out
+    splits = load_splits(settings_for(labelled_folder, labels="logo"))
+    assert splits.labels == ("logo",)
+    assert labels_of(splits.train) == labels_of(splits.evaluation) == {"logo"}
+    assert len(splits.evaluation) == 8  # those without a logo, too
+    assert [] in [objects["bbox"] for objects in splits.evaluation["objects"]]
+    assert re.search(r"boxes left out: \d barcode\n", capsys.readouterr().out)
+    assert load_splits(settings_for(labelled_folder, labels=" logo,barcode ")).labels == ("logo", "barcode")
+
+
+def test_labels_that_do_not_exist_are_refused(labelled_folder):
+    with pytest.raises(ValueError, match=r"LABELS='cat': choose from .* \['barcode', 'logo'\]"):
+        load_splits(settings_for(labelled_folder, labels="cat"))
 
 
 def test_splits_share_no_barcode(dataset_folder, capsys):
@@ -213,6 +255,10 @@ def test_boxes_are_described_as_displayed():
     assert boxes.area[0] == pytest.approx(0.4 * 0.5)
 
 
+def test_images_without_objects_have_no_line():
+    assert describe_boxes(rows_of((IMAGE, []), (IMAGE, [BOX]), (IMAGE, []))).image.tolist() == [1]
+
+
 def test_median_box_is_the_median_of_each_corner():
     boxes = [[0.0, 0.1, 0.5, 0.9], [0.2, 0.0, 0.6, 0.8], [0.1, 0.3, 1.0, 0.4]]  # y_min, x_min, y_max, x_max
     rows = rows_of(*[(IMAGE, [box]) for box in boxes])
@@ -222,4 +268,4 @@ def test_median_box_is_the_median_of_each_corner():
 def test_a_problem_is_told_of_an_undecoded_row():
     row = {"image": IMAGE, "objects": {"bbox": [BOX]}}
     assert describe_problem(row) is None
-    assert describe_problem(row | {"objects": {"bbox": []}}) == "no box"
+    assert describe_problem(row | {"objects": {"bbox": []}}) is None

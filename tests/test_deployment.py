@@ -1,20 +1,24 @@
 """What leaves the project: merged weights, and a card that says how to ask them."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from io import BytesIO
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import ExifTags, Image
 
 from helpers import training
+from helpers.conversation import Task
 from helpers.data import load_splits
 from helpers.deployment import save_merged, write_model_card
-from helpers.generation import generate, to_questions
+from helpers.generation import Detector, generate, to_questions
 from helpers.loading import load_model, load_processor
 from helpers.metrics import summarize
 from helpers.recipes import CATALOGUE
+from helpers.runs import RunFolder, write_json
 from helpers.tiny.packages import draw_package
-from helpers.training import create_detector, create_training_config, load_trained_model, run_recipe
+from helpers.training import create_training_config, load_detector, run_recipe
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def trained(settings):
 @pytest.mark.slow
 def test_an_adapter_computes_in_the_precision_of_its_base(trained, settings, monkeypatch):
     monkeypatch.setattr("helpers.training.best_dtype", lambda: torch.bfloat16)  # as on a GPU
-    detector = replace(create_detector(load_trained_model(trained), settings), max_new_tokens=4)
+    detector = replace(load_detector(trained, settings), max_new_tokens=4)
     kinds = {parameter.dtype for name, parameter in detector.model.named_parameters() if "lora_" in name}
     assert kinds == {torch.bfloat16}
     answer = generate(detector, to_questions([draw_package(0)[0]], detector))[0]
@@ -49,12 +53,13 @@ def test_an_adapter_computes_in_the_precision_of_its_base(trained, settings, mon
 
 @pytest.mark.slow
 def test_merged_model_is_the_model_with_its_adapter(base, trained, settings, tmp_path):
-    adapted = create_detector(load_trained_model(trained, "bf16"), settings)
+    adapted = load_detector(trained, settings, "bf16")
     questions = to_questions([draw_package(seed)[0] for seed in range(4)], adapted)
     with torch.no_grad():
         wanted = adapted.model(**questions).logits
-    save_merged(adapted.model, tmp_path, adapted.processor)
-    merged = replace(adapted, model=load_model(str(tmp_path), quantized=False, dtype=torch.float32).eval())
+    save_merged(adapted, RunFolder(trained), tmp_path)
+    merged = load_detector(tmp_path, settings)
+    assert merged.task == RunFolder(trained).read_task()
     with torch.no_grad():
         torch.testing.assert_close(merged.model(**questions).logits, wanted, atol=1e-3, rtol=1e-3)
         plain = load_model(str(base), quantized=False, dtype=torch.float32).eval()
@@ -66,21 +71,42 @@ def test_merged_model_is_the_model_with_its_adapter(base, trained, settings, tmp
 
 def test_model_without_adapters_is_saved_as_it_is(base, tmp_path):
     model = load_model(str(base), quantized=False, dtype=torch.float32)
-    save_merged(model, tmp_path, load_processor(str(base), 16 * 28 * 28))
+    write_json(tmp_path / "run/recipe.json", {"precision": "bf16"})
+    detector = Detector(model, load_processor(str(base), 16 * 28 * 28), Task("?"))
+    save_merged(detector, RunFolder(tmp_path / "run"), tmp_path)
     saved = load_model(str(tmp_path), quantized=False, dtype=torch.float32).state_dict()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
     assert load_processor(str(tmp_path), 10**9).image_processor.size["longest_edge"] == 16 * 28 * 28
 
 
-def test_model_card_says_how_to_ask(base, make_settings, tmp_path):
-    load_processor(str(base), 16 * 28 * 28).save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("family", "example", "coordinates"),
+    [
+        ("qwen2_vl", "nutrition-table<|object_ref_end|><|box_start|>(120,240),(480,960)", "on a grid from 0 to 1000"),
+        ("qwen2_5_vl", '{"bbox_2d": [120, 240, 480, 960], "label": "nutrition-table"}', "in pixels of the image as"),
+    ],
+)
+def test_model_card_says_how_to_ask(tmp_path, family, example, coordinates):
+    task = Task("Where are they?", ["nutrition-table", "logo"], family, "You see labels.", {"max_pixels": 12544})
+    settings = {"model_id": "some/base", "dataset_id": "some/dataset"}
+    write_json(tmp_path / "recipe.json", asdict(CATALOGUE["r4-joint"]) | asdict(task) | {"settings": settings})
     records = [{"id": "a", "truth": [{"label": "t", "box": [0, 0, 1, 1]}], "prediction": [], "iou": 0.0}]
-    settings = make_settings(tmp_path, model_id="some/base", dataset_id="some/dataset")
-    write_model_card(tmp_path, CATALOGUE["r4-joint"], settings, summarize(records))
+    write_model_card(tmp_path, summarize(records))
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.base_model, card.data.datasets) == ("some/base", ["some/dataset"])
-    assert card.data.pipeline_tag == "image-text-to-text"
-    assert "> Detect every nutrition table. Answer with label and box" in card.text
-    assert "> You are a vision language model that locates objects on food packages." in card.text
-    assert "at most 12544 pixels" in card.text  # of the processor beside it, not of the settings
-    assert "mean_iou: 0.000\n" in card.text
+    assert (card.data.pipeline_tag, card.data.library_name) == ("image-text-to-text", "transformers")
+    assert "> Where are they?\n" in card.text
+    assert "> You see labels.\n" in card.text
+    assert "to detect: nutrition-table, logo." in card.text
+    assert example in card.text
+    assert coordinates in card.text
+    assert "at most 12544 pixels" in card.text
+
+
+def test_the_processor_does_not_turn_an_image_upright_as_the_card_says(base):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    content = BytesIO()
+    Image.new("RGB", (112, 56)).save(content, "JPEG", exif=exif)
+    grid = load_processor(str(base), 66 * 28 * 28).image_processor(Image.open(content), return_tensors="pt")
+    assert grid["image_grid_thw"].tolist() == [[1, 4, 8]]  # as stored: 4 rows of 8 patches

@@ -8,11 +8,13 @@ from datasets import load_dataset
 from PIL import Image
 
 from helpers import detection
-from helpers.conversation import PROMPT
-from helpers.detection import add_answer, answer_with_same_box, detect, evaluate_detector, pixel_budget, to_record
+from helpers.conversation import PROMPT, Task
+from helpers.detection import add_answer, answer_with_same_box, detect, evaluate_detector, to_record
 from helpers.generation import Answer, Detector
-from helpers.loading import load_model, load_processor
+from helpers.loading import load_model, load_processor, pixel_budget
 from helpers.tiny.packages import draw_package
+
+TASK = Task("Where is it?")
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +22,8 @@ def detector(base):
     """The base, asked for barcodes."""
     model = load_model(str(base), quantized=False, dtype=torch.float32).eval()
     processor = load_processor(str(base), 66 * 28 * 28)
-    return Detector(model, processor, PROMPT.format(label="barcode"), max_new_tokens=40, batch_size=2)
+    task = Task(PROMPT.format(label="barcode"), pixel_budget=pixel_budget(processor))
+    return Detector(model, processor, task, max_new_tokens=40, batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +39,8 @@ def row(size, *boxes, **more):
 
 def test_record_by_hand():
     answer = Answer("table(100,100),(500,300)b(1200,0),(1300,10)c(1,2")
-    record = to_record(row((200, 100), [0.1, 0.1, 0.5, 0.5], meta={"barcode": "123"}), (196, 112))
-    assert add_answer(record, answer, "qwen2_vl") == {
+    record = to_record(row((200, 100), [0.1, 0.1, 0.5, 0.5], meta={"barcode": "123"}), TASK)
+    assert add_answer(record, answer, TASK) == {
         "id": "a",
         "group": "123",
         "width": 200,
@@ -52,34 +55,45 @@ def test_record_by_hand():
 
 
 def test_images_without_a_barcode_are_their_own_group():
-    assert to_record(row((9, 9)), (28, 28))["group"] is None
-    assert to_record(row((9, 9), meta={"barcode": ""}), (28, 28))["group"] is None
+    assert to_record(row((9, 9)), TASK)["group"] is None
+    assert to_record(row((9, 9), meta={"barcode": ""}), TASK)["group"] is None
 
 
 def test_answer_in_pixels_of_the_resized_image():
-    record = to_record(row((200, 100), [0.5, 0.5, 1.0, 1.0]), (196, 112))
+    record = to_record(row((200, 100), [0.5, 0.5, 1.0, 1.0]), TASK)
     answer = Answer('[{"bbox_2d": [98, 56, 196, 112], "label": "table"}]')
-    assert add_answer(record, answer, "qwen2_5_vl")["iou"] == 1
+    assert add_answer(record, answer, Task("?", family="qwen2_5_vl"))["iou"] == 1
 
 
 def test_record_of_an_image_without_truth():
-    assert add_answer(to_record(row((9, 9)), (28, 28)), Answer(""), "qwen2_vl")["iou"] is None
+    assert add_answer(to_record(row((9, 9)), TASK), Answer(""), TASK)["iou"] is None
+
+
+def test_labels_must_agree_where_there_are_several():
+    task = Task("?", ["table", "cat"])
+    record = to_record(row((100, 100), [0, 0, 0.5, 0.5]), task)
+    assert record["truth"] == [{"label": "table", "box": [0, 0, 50, 50], "category_id": 1}]
+    for label, category, iou in [("Table", 1, 1.0), ("cat", 2, 0.0), ("dog", 0, 0.0)]:
+        answered = add_answer(record, Answer(f"{label}(0,0),(500,500)"), task)
+        assert answered["prediction"][0]["category_id"] == category
+        assert answered["iou"] == iou
+    assert add_answer(to_record(row((9, 9)), task), Answer("There are none."), task)["prediction"] == []
 
 
 def test_unknown_family_is_refused():
-    record = to_record(row((9, 9)), (28, 28))
+    record = to_record(row((9, 9)), TASK)
     with pytest.raises(ValueError, match="'idefics3'"):
-        add_answer(record, Answer("a(1,2),(3,4)"), "idefics3")
+        add_answer(record, Answer("a(1,2),(3,4)"), Task("?", family="idefics3"))
 
 
 def test_score_of_a_box_is_that_of_its_coordinates():
     answer = Answer("a(1,2),(3,4)<|im_end|>", ends=[1, 6, 12, 22], probabilities=[0.1, 0.5, 0.08, 0.9])
-    record = add_answer(to_record(row((9, 9)), (28, 28)), answer, "qwen2_vl")
+    record = add_answer(to_record(row((9, 9)), TASK), answer, TASK)
     assert record["prediction"][0]["score"] == pytest.approx(0.2)  # the square root of 0.5 * 0.08
 
 
 def test_the_same_box_by_hand():
-    records = [to_record(row((200, 100), [0.25, 0.1, 0.75, 0.5]), (196, 112)), to_record(row((50, 50)), (56, 56))]
+    records = [to_record(row((200, 100), [0.25, 0.1, 0.75, 0.5]), TASK), to_record(row((50, 50)), TASK)]
     first, second = answer_with_same_box(records, [0.1, 0.25, 0.5, 1.0], "nutrition-table")
     assert first["prediction"] == [{"label": "nutrition-table", "box": [20, 25, 100, 100]}]
     assert first["iou"] == pytest.approx(2 / 3)  # 80 x 50 of 80 x 75 pixels
@@ -91,7 +105,7 @@ def test_the_same_box_by_hand():
 
 
 def test_an_answer_takes_the_place_of_an_earlier_one():
-    record = add_answer(to_record(row((100, 100), [0, 0, 1, 1]), (112, 112)), Answer("no (1,2"), "qwen2_vl")
+    record = add_answer(to_record(row((100, 100), [0, 0, 1, 1]), TASK), Answer("no (1,2"), TASK)
     assert (record["iou"], record["unread"]) == (0, ["(1,2"])
     again = answer_with_same_box([record], [0, 0, 1, 1], "table")[0]
     assert (again["iou"], again["unread"]) == (1, [])

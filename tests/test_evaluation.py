@@ -5,6 +5,7 @@ import json
 import pytest
 
 from helpers import evaluation
+from helpers.conversation import Task
 from helpers.detection import add_answer
 from helpers.evaluation import keep_scores, main, read_predictions
 from helpers.generation import Answer
@@ -53,15 +54,15 @@ def test_command_gives_the_metrics_computed_by_hand(tmp_path, capsys):
 def test_command_prints_a_table(tmp_path, capsys):
     main(["--predictions", write_lines(tmp_path / "p.jsonl", LINES), "--iou", "0.9"])
     printed = capsys.readouterr().out
-    assert "precision          0.200  [" in printed  # one of five
+    assert "precision              0.200  [" in printed  # one of five
     assert "4 pictures; hits from IoU 0.9 on; labels: merge" in printed
 
 
 def test_command_prints_every_line_of_the_report(tmp_path, capsys):
     main(["--predictions", write_lines(tmp_path / "p.jsonl", LINES)])
     assert capsys.readouterr().out.splitlines()[-4:] == [
-        "mAP75              0.337",  # in the order of the lines: wrong, right, right: 51 * 2 / 3 / 101
-        "calibration_error    n/a",
+        "mAP75                  0.337",  # in the order of the lines: wrong, right, right: 51 * 2 / 3 / 101
+        "calibration_error        n/a",
         "4 pictures; hits from IoU 0.5 on; labels: merge",
         "boxes: 2 correct, 1 shifted, 0 duplicate, 2 background, 1 missed, 1 malformed",
     ]
@@ -82,7 +83,7 @@ def test_help_defines_every_metric(tmp_path, capsys):
 def test_command_prints_labels_where_they_count(tmp_path, capsys):
     lines = [{"id": 1, "width": 9, "height": 9, "raw": "", "truth": [{"label": x, "box": [0, 0, 1, 1]} for x in "ab"]}]
     (tmp_path / "p.jsonl").write_text(json.dumps(lines[0]))
-    main(["--predictions", str(tmp_path / "p.jsonl"), "--policy", "multi-class", "--json"])
+    main(["--predictions", str(tmp_path / "p.jsonl"), "--json"])
     assert list(json.loads(capsys.readouterr().out)["labels"]) == ["a", "b"]
 
 
@@ -94,7 +95,7 @@ ANSWER = "table(100,100),(500,300)table(0,0),(1000,1000)"
 def scored_record(id="a", scores=(0.9, 0.2)):
     """A record of a run: the first box is half of the table, the second one the whole image."""
     truth = [{"label": "table", "box": [20, 10, 100, 50]}]
-    record = add_answer({"id": id, "width": 200, "height": 100, "truth": truth}, Answer(ANSWER), "qwen2_vl")
+    record = add_answer({"id": id, "width": 200, "height": 100, "truth": truth}, Answer(ANSWER), Task("?"))
     scored = [box | {"score": score} for box, score in zip(record["prediction"], scores, strict=True)]
     return record | {"prediction": scored}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.conversation import PROMPT
+from helpers.conversation import PROMPT, Task
 from helpers.generation import Answer, Detector, generate, to_answer, to_questions
 from helpers.loading import load_model, load_processor
 from helpers.tiny.packages import draw_package
@@ -16,7 +16,9 @@ from helpers.tiny.packages import draw_package
 def detector(base):
     """The base, asked for barcodes."""
     model = load_model(str(base), quantized=False, dtype=torch.float32).eval()
-    return Detector(model, load_processor(str(base), 66 * 28 * 28), PROMPT.format(label="barcode"), max_new_tokens=40)
+    return Detector(
+        model, load_processor(str(base), 66 * 28 * 28), Task(PROMPT.format(label="barcode")), max_new_tokens=40
+    )
 
 
 def ask(detector, *images):
@@ -50,7 +52,7 @@ def test_questions_are_padded_on_the_left_and_only_where_lengths_differ(detector
 
 
 def test_question_is_the_detectors_prompt_in_the_models_precision(detector):
-    question = to_questions([Image.new("RGB", (56, 56))], replace(detector, prompt="Where is it?"))
+    question = to_questions([Image.new("RGB", (56, 56))], replace(detector, task=Task("Where is it?")))
     text = detector.processor.tokenizer.decode(question["input_ids"][0])
     assert text.endswith("<|vision_end|>Where is it?<|im_end|>\n<|im_start|>assistant\n")
     assert text.startswith("<|im_start|>system\nYou are a vision language model")

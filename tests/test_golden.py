@@ -12,8 +12,10 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from helpers.collators import AssistantOnlyCollator
-from helpers.conversation import QUESTION
+from helpers.conversation import PROMPT, Task
 from helpers.data import to_training_example
+
+TASK = Task(PROMPT.format(label="nutrition table"))
 
 GOLDEN_TOKENS = json.loads(Path(__file__).with_name("golden_tokens.json").read_text(encoding="utf-8"))
 ANSWER = "<|object_ref_start|>nutrition-table<|object_ref_end|><|box_start|>(273,487),(730,640)<|box_end|>"
@@ -41,7 +43,7 @@ def example() -> dict:
     """One small image with one box, from a dataset row (which writes y first, and fractions)."""
     objects = {"bbox": [[0.487, 0.273, 0.640, 0.730]], "category_name": ["nutrition-table"]}
     row = {"image_id": "1", "image": Image.new("RGB", (56, 56)), "objects": objects}
-    return to_training_example(row, QUESTION, flip_probability=0)
+    return to_training_example(row, TASK, flip_probability=0)
 
 
 def test_conversation(example, real_processor):

@@ -3,7 +3,7 @@
 from PIL import Image
 
 from helpers.collators import AllTokensCollator
-from helpers.conversation import format_answer, to_conversation
+from helpers.conversation import Task, format_answer, to_conversation
 
 WORDS_BEFORE_IMAGE = [
     *(151644, 8948, 198, 2610, 525, 264, 11129, 4128, 1614, 429, 1329, 973, 6171, 389, 3607, 14185, 13, 151645, 198),
@@ -20,7 +20,7 @@ WORDS_AFTER_IMAGE = [
 
 def collate(processor, *sizes):
     messages = to_conversation(
-        "Detect every nutrition table.", format_answer(["nutrition-table"], [[273, 487, 730, 640]])
+        Task("Detect every nutrition table."), format_answer(["nutrition-table"], [[273, 487, 730, 640]])
     )
     return AllTokensCollator(processor)([{"image": Image.new("RGB", size), "messages": messages} for size in sizes])
 

@@ -44,6 +44,15 @@ GOLDEN = [
 ]
 
 
+def test_boxes_on_images_without_objects_are_counted():
+    empty = [record([], labelled(SQUARE, SQUARE), "d"), record([], [], "e")]
+    assert summarize([*GOLDEN, *empty])["boxes_per_empty_image"] == 1
+    assert summarize(GOLDEN)["boxes_per_empty_image"] is None
+    assert (
+        summarize([*GOLDEN, *empty])["precision"] == summarize(GOLDEN)["precision"] * 5 / 7
+    )  # five boxes, then seven
+
+
 def test_metrics_by_hand():
     metrics = summarize(GOLDEN)
     assert list(metrics)[:5] == ["mean_iou", "median_iou", "detection_rate", "iou_gt_0.5", "iou_gt_0.7"]
@@ -58,6 +67,7 @@ def test_metrics_by_hand():
         "recall": pytest.approx(2 / 4),
         "f1": pytest.approx(2 * 0.4 * 0.5 / 0.9),
         "malformed_rate": 0,
+        "boxes_per_empty_image": None,
         "n": 3,
     }
     assert json.loads(json.dumps(metrics)) == metrics
@@ -137,7 +147,7 @@ def test_nothing_but_predictions():
 
 def test_nothing_predicted():
     metrics = summarize([record(labelled(SQUARE), [])])
-    assert all(metrics[name] == 0 for name in metrics if name != "n")
+    assert all(metrics[name] == 0 for name in metrics if name not in ("n", "boxes_per_empty_image"))
 
 
 def test_malformed_is_counted_apart():
@@ -215,7 +225,7 @@ def test_groups_are_drawn_whole():
         width[name] = high - low
     assert width["grouped"] == pytest.approx(width["single"])  # a copy tells nothing new
     assert width["ungrouped"] == pytest.approx(width["single"] / 2**0.5, rel=0.15)
-    weights = resample_weights(twice, resamples=5)
+    weights = np.concatenate(list(resample_weights(twice, resamples=5)))
     assert (weights[:, 0::2] == weights[:, 1::2]).all()
     assert (weights.sum(axis=1) == 200).all()
 

@@ -238,11 +238,11 @@ def test_nothing_half_written(folder):
 @pytest.mark.slow
 def test_processes_draw_what_one_process_draws(tmp_path):
     path = tmp_path / "train.parquet"
-    packages.write_split(path, range(16), workers=2)
+    packages.write_split(path, range(16), ["nutrition-table"], workers=2)
     written = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
-    assert written["image_id"] == [packages.dataset_row(seed)["image_id"] for seed in range(16)]
+    assert written["image_id"] == [packages.dataset_row(seed, ["nutrition-table"])["image_id"] for seed in range(16)]
     raw = written.cast_column("image", datasets.Image(decode=False))[5]["image"]["bytes"]
-    assert raw == packages.dataset_row(5)["image"]["bytes"]
+    assert raw == packages.dataset_row(5, ["nutrition-table"])["image"]["bytes"]
 
 
 def test_empty_splits_are_refused(tmp_path):

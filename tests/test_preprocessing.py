@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import Qwen2VLProcessor
 
 from helpers.collators import AllTokensCollator, AssistantOnlyCollator
-from helpers.conversation import format_answer, to_conversation
+from helpers.conversation import Task, format_answer, to_conversation
 from helpers.plots import TRUTH_COLOUR
 from helpers.preprocessing import (
     TOKEN_KINDS,
@@ -30,7 +30,10 @@ def processor(base):
 
 def example(size, *boxes):
     answer = format_answer(["nutrition-table"] * len(boxes), boxes)
-    return {"image": Image.new("RGB", size), "messages": to_conversation("Detect every nutrition table.", answer)}
+    return {
+        "image": Image.new("RGB", size),
+        "messages": to_conversation(Task("Detect every nutrition table."), answer),
+    }
 
 
 def test_tokens_within_a_budget():

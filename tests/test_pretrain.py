@@ -8,7 +8,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention
 
 from helpers.boxes import to_grid
 from helpers.collators import AllTokensCollator, AssistantOnlyCollator
-from helpers.conversation import PROMPT, format_answer, to_conversation
+from helpers.conversation import PROMPT, Task, format_answer, to_conversation
 from helpers.tiny import pretrain
 from helpers.tiny.packages import TABLE_LABEL
 
@@ -47,7 +47,9 @@ def test_shortcut_loss_is_the_models_own_loss(model, processor, monkeypatch):
     examples = [
         {
             "image": Image.fromarray(pixels[i].permute(1, 2, 0).numpy()),
-            "messages": to_conversation(pretrain.prompt_for(label), format_answer([label], [to_grid(box, 1, 1)])),
+            "messages": to_conversation(
+                Task(pretrain.prompt_for(label)), format_answer([label], [to_grid(box, 1, 1)])
+            ),
         }
         for i, label in enumerate(["logo", "barcode", "logo"])
     ]

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import Qwen2VLConfig
 
 from helpers.collators import AssistantOnlyCollator
-from helpers.conversation import to_conversation
+from helpers.conversation import Task, to_conversation
 from helpers.loading import build_empty_model, load_model, load_processor
 from helpers.recipes import (
     CATALOGUE,
@@ -111,7 +111,7 @@ def test_layers_that_get_lora():
 
 def test_a_frozen_tower_builds_no_graph(base):
     processor = load_processor(str(base), 66 * 28 * 28)
-    example = {"image": Image.new("RGB", (56, 56)), "messages": to_conversation("?", "!")}
+    example = {"image": Image.new("RGB", (56, 56)), "messages": to_conversation(Task("?"), "!")}
     batch = AssistantOnlyCollator(processor)([example])
 
     def features(recipe):

@@ -8,7 +8,7 @@ from PIL import Image
 from trl import SFTTrainer
 
 from helpers.collators import AssistantOnlyCollator
-from helpers.conversation import QUESTION
+from helpers.conversation import PROMPT, Task
 from helpers.data import to_training_dataset
 from helpers.loading import load_model, load_processor
 from helpers.quantization import build_published_model
@@ -27,6 +27,8 @@ from helpers.speed import (
 )
 from helpers.training import build_trainer, create_detector, load_trained_model, run_recipe
 
+TASK = Task(PROMPT.format(label="nutrition table"))
+
 R1, R2, R3, R4 = CATALOGUE.values()
 GIB = 2**30
 
@@ -43,7 +45,7 @@ def make_trainer(settings, splits):
     def make(recipe, **changes):
         vars(settings).update(changes)
         model = load_model(settings.model_id, recipe.quantized, torch.float32)
-        return build_trainer(create_detector(model, settings), recipe, settings, splits)
+        return build_trainer(create_detector(model, settings, splits.labels), recipe, settings, splits)
 
     return make
 
@@ -51,15 +53,15 @@ def make_trainer(settings, splits):
 @pytest.fixture
 def published_7b(settings):
     """A detector whose model has the shape of the 7B one, without weights, and a budget of 1,280 image tokens."""
-    detector = create_detector(build_published_model("7B"), settings)
-    detector.processor.image_processor.size["longest_edge"] = 1280 * 28 * 28
-    return detector
+    detector = create_detector(build_published_model("7B"), settings, ["nutrition-table"])
+    budget = detector.task.pixel_budget | {"max_pixels": 1280 * 28 * 28}
+    return replace(detector, task=replace(detector.task, pixel_budget=budget))
 
 
 @pytest.fixture
 def batch(settings, splits):
     """Six images of the training split, of several sizes, as the collator hands them on."""
-    examples = to_training_dataset(splits.train, QUESTION, flip_probability=0.0)
+    examples = to_training_dataset(splits.train, TASK, flip_probability=0.0)
     processor = load_processor(settings.model_id, settings.max_pixels)
     return AssistantOnlyCollator(processor)([examples[number] for number in range(6)])
 
@@ -153,14 +155,16 @@ def test_out_of_memory_halves_the_micro_batch_and_loses_nothing(make_trainer, ba
         torch.testing.assert_close(gradient, expected[1][name], rtol=1e-3, atol=1e-5)
 
 
-def test_an_image_that_does_not_fit_names_what_to_change(make_trainer, batch, monkeypatch):
-    trainer = make_trainer(R1, micro_batch_size=1)
+@pytest.mark.parametrize(("images", "processes"), [(1, 1), (4, 2)], ids=["a single image", "torchrun"])
+def test_what_cannot_be_halved_names_what_to_change(make_trainer, batch, monkeypatch, images, processes):
+    trainer = make_trainer(R1, micro_batch_size=images)
 
     def no_memory(*arguments):
         raise torch.cuda.OutOfMemoryError
 
     monkeypatch.setattr(SFTTrainer, "training_step", no_memory)
-    with pytest.raises(RuntimeError, match=r"A single image does not fit.* lower MAX_PIXELS"):
+    monkeypatch.setattr(type(trainer.args), "world_size", processes)
+    with pytest.raises(RuntimeError, match=rf"with {images} images at once\. Lower MICRO_BATCH_SIZE.* MAX_PIXELS"):
         trainer.add_gradients(trainer.model, batch, None)
 
 

@@ -8,10 +8,12 @@ from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 from helpers.boxes import to_grid
 from helpers.collators import AllTokensCollator, AssistantOnlyCollator
-from helpers.conversation import QUESTION, format_answer, to_conversation
+from helpers.conversation import PROMPT, Task, format_answer, to_conversation
 from helpers.loading import load_model, load_processor
 from helpers.tiny import pretrain
 from helpers.tiny.packages import LABELS, TABLE_LABEL, draw_package
+
+TASK = Task(PROMPT.format(label="nutrition table"))
 
 
 def test_it_is_an_ordinary_checkpoint(base):
@@ -55,7 +57,7 @@ def test_its_head_knows_the_words_of_prompts(base):
     for seed in range(2_000_000_000, 2_000_000_004):
         image, objects = draw_package(seed)
         answer = format_answer([TABLE_LABEL], [to_grid(dict(objects)[TABLE_LABEL], *image.size)])
-        examples.append({"image": image, "messages": to_conversation(QUESTION, answer)})
+        examples.append({"image": image, "messages": to_conversation(TASK, answer)})
     batch, answers = AllTokensCollator(processor)(examples), AssistantOnlyCollator(processor)(examples)
     batch["labels"][answers["labels"] != -100] = -100
     model = load_model(str(base), quantized=False, dtype=torch.float32)

@@ -1,7 +1,8 @@
 """Training: the right weights, in float32; checkpoints are chosen, saved, reloaded, and not lost when interrupted."""
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from trl import SFTConfig
 
 from helpers import training
 from helpers.collators import AllTokensCollator
-from helpers.conversation import QUESTION
+from helpers.conversation import PROMPT, Task
 from helpers.data import to_training_dataset
 from helpers.loading import allocated_megabytes, load_model, release_memory
 from helpers.recipes import CATALOGUE
@@ -30,6 +31,8 @@ from helpers.training import (
     run_recipe,
 )
 
+TASK = Task(PROMPT.format(label="nutrition table"))
+
 R1, R2, R3, R4 = CATALOGUE.values()
 
 
@@ -44,7 +47,7 @@ def make_trainer(settings, splits):
 
     def make(recipe):
         model = load_model(settings.model_id, recipe.quantized, torch.float32)
-        return build_trainer(create_detector(model, settings), recipe, settings, splits)
+        return build_trainer(create_detector(model, settings, splits.labels), recipe, settings, splits)
 
     return make
 
@@ -138,7 +141,7 @@ def test_settings_reach_the_trainer(make_trainer, settings, splits):
     assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (22, 2)
     texts = [dataset[0]["messages"][2] for dataset in (trainer.train_dataset, trainer.eval_dataset)]
     rows = [(splits.train, 1.0), (splits.validation, 0.0)]  # images are mirrored in training only
-    assert texts == [to_training_dataset(rows, QUESTION, flip)[0]["messages"][2] for rows, flip in rows]
+    assert texts == [to_training_dataset(rows, TASK, flip)[0]["messages"][2] for rows, flip in rows]
 
 
 def test_several_stages_and_their_learning_rates(settings, splits, monkeypatch):
@@ -180,15 +183,20 @@ def test_checkpoints_are_chosen_under_the_limits_of_the_final_table(make_trainer
     asked = []
 
     def evaluate_detector(detector, rows, show_progress=True):
-        asked.append((detector.prompt, detector.max_new_tokens, detector.batch_size, detector.processor, len(rows)))
+        asked.append(
+            (detector.task.question, detector.max_new_tokens, detector.batch_size, detector.processor, len(rows))
+        )
         return [{"id": "a", "truth": [{"label": "t", "box": [0, 0, 10, 10]}], "prediction": [], "iou": 0.0}]
 
     monkeypatch.setattr(training, "evaluate_detector", evaluate_detector)
-    monkeypatch.setattr(training, "load_trained_model", lambda folder: None)
+    monkeypatch.setattr(training, "load_trained_model", lambda folder, precision: None)
     trainer = make_trainer(R1)
     metrics = trainer.evaluate()
-    evaluate_run(RunFolder(Path(trainer.args.output_dir)), settings, splits.evaluation)
-    assert [call[:3] + call[4:] for call in asked] == [(QUESTION, 17, 3, 2), (QUESTION, 17, 3, 8)]
+    run = RunFolder(Path(trainer.args.output_dir))
+    trainer.processing_class.save_pretrained(run.path)
+    write_json(run.path / "recipe.json", asdict(trainer.detector.task))
+    evaluate_run(run, settings, splits.evaluation)
+    assert [call[:3] + call[4:] for call in asked] == [(TASK.question, 17, 3, 2), (TASK.question, 17, 3, 8)]
     assert [call[3].image_processor.size["longest_edge"] for call in asked] == [40 * 28 * 28] * 2
     assert metrics["eval_mean_iou"] == 0
     assert metrics["eval_selection"] == pytest.approx(-1e-6 * metrics["eval_loss"])
@@ -260,7 +268,7 @@ def test_a_result_tells_how_it_was_made(settings, splits):
     assert (made["started_from"], made["steps"], made["collator"]) == (settings.model_id, 1, "v2-assistant-only")
     assert made["settings"] == vars(settings)
     assert (made["settings"]["seed"], made["settings"]["dataset_id"]) == (11, settings.dataset_id)
-    assert made["prompt"].startswith("Detect every nutrition table. Answer with label and box")
+    assert made["question"].startswith("Detect every nutrition table. Answer with label and box")
     assert made["system_message"].startswith("You are a vision language model")
     assert made["pixel_budget"] == {"factor": 28, "min_pixels": 3136, "max_pixels": 66 * 28 * 28}
     packages = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"]
@@ -275,6 +283,11 @@ def test_the_second_stage_starts_from_the_first(settings, splits, make_settings,
     assert adapter["base_model_name_or_path"] == str(folder / "stage1")
     first = load_file(folder / "stage1/model.safetensors")["visual.patch_embed.proj.weight"]
     assert torch.equal(load_trained_model(folder).get_base_model().model.visual.patch_embed.proj.weight, first)
+    # moved as a whole, it finds its base beside itself
+    moved = shutil.copytree(folder, tmp_path / "elsewhere/r3")
+    Path(folder / "stage1/model.safetensors").rename(tmp_path / "gone")
+    assert torch.equal(load_trained_model(moved).get_base_model().model.visual.patch_embed.proj.weight, first)
+    Path(tmp_path / "gone").rename(folder / "stage1/model.safetensors")
     # a checkpoint takes the place of the first stage
     again = run_recipe(R3, make_settings(tmp_path / "again"), splits, folder / "stage1").path
     assert not (again / "stage1").exists()

@@ -10,6 +10,7 @@ objects by themselves.
 import argparse
 import io
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -61,12 +62,12 @@ DATASET_CARD = """---
 license: cc0-1.0
 task_categories: [object-detection]
 ---
-# Drawn food packages with labelled nutrition tables
+# Drawn food packages with labelled objects
 
 {train} training and {validation} validation pictures in the schema of openfoodfacts/nutrition-table-detection. No
 photographs: every picture was drawn by
 
-    python -m helpers.tiny.packages FOLDER --train {train} --validation {validation} --seed {seed}
+    python -m helpers.tiny.packages FOLDER --train {train} --validation {validation} --seed {seed} --labels {labels}
 
 `objects.bbox` holds [y_min, x_min, y_max, x_max] as fractions of the picture. Barcodes are made up.
 """
@@ -235,15 +236,16 @@ FEATURES = Features(
 )
 
 
-def dataset_row(seed: int) -> dict:
-    """One row of the hub's schema; `seed` also makes the barcode, so that no two rows share one."""
+def dataset_row(seed: int, labels: Sequence[str]) -> dict:
+    """One row of the hub's schema, with boxes of these labels; `seed` also makes the barcode, which is its own."""
     picture, objects = draw_package(seed)
     rng = np.random.default_rng([seed, 1])
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=int(rng.integers(60, 93)))
     width, height = picture.size
-    boxes = [box for label, box in objects if label == TABLE_LABEL]
-    bbox = [[y1 / height, x1 / width, y2 / height, x2 / width] for x1, y1, x2, y2 in boxes]
+    objects = [(label, box) for label, box in objects if label in labels]
+    bbox = [[y1 / height, x1 / width, y2 / height, x2 / width] for _, (x1, y1, x2, y2) in objects]
+    names = [label for label, _ in objects]
     barcode = marks.with_check_digit(f"{2 * 10**11 + seed:012d}")
     return {
         "image_id": f"{barcode}_1",
@@ -251,27 +253,29 @@ def dataset_row(seed: int) -> dict:
         "width": width,
         "height": height,
         "meta": {"barcode": barcode, "off_image_id": "1", "image_url": ""},
-        "objects": {"bbox": bbox, "category_id": [0] * len(boxes), "category_name": [TABLE_LABEL] * len(boxes)},
+        "objects": {"bbox": bbox, "category_id": [*map(labels.index, names)], "category_name": names},
     }
 
 
-def write_split(path: Path, seeds: range, workers: int) -> None:
+def write_split(path: Path, seeds: range, labels: Sequence[str], workers: int) -> None:
     """Draw one parquet file with `workers` processes; it gets its name when it is whole."""
     progress = partial(tqdm, total=len(seeds), desc=path.name, unit="picture")
+    draw = partial(dataset_row, labels=labels)
     if workers == 1:
-        rows = list(progress(map(dataset_row, seeds)))
+        rows = list(progress(map(draw, seeds)))
     else:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            rows = list(progress(pool.map(dataset_row, seeds, chunksize=4)))
+            rows = list(progress(pool.map(draw, seeds, chunksize=4)))
     partial_file = path.with_suffix(".partial")
     Dataset.from_list(rows, features=FEATURES).to_parquet(partial_file)
     partial_file.replace(path)
 
 
-def draw_dataset(folder: Path, train: int, validation: int, seed: int = 0) -> None:
+def draw_dataset(folder: Path, train: int, validation: int, seed: int = 0, labels=(TABLE_LABEL,)) -> None:
     """Draw `train` + `validation` pictures into `folder`, which `datasets.load_dataset` then reads like the hub's.
 
-    Picture k of a seed is the same however many pictures or processes there are; the two splits share none.
+    `labels` are any of LABELS and TABLE_LABEL; a table is on every picture, the others are not. Picture k of a seed is
+    the same however many pictures or processes there are; the two splits share none.
     """
     if train < 1 or validation < 1 or seed < 0:
         raise ValueError(f"train and validation must be at least 1, seed at least 0: {train}, {validation}, {seed}")
@@ -282,8 +286,8 @@ def draw_dataset(folder: Path, train: int, validation: int, seed: int = 0) -> No
     for index, (name, count) in enumerate((("train", train), ("val", validation))):
         first = (2 * seed + index) * SEEDS_PER_SPLIT
         workers = min(os.cpu_count() or 1, count // 8 + 1)  # a process takes seconds to start
-        write_split(data / f"{name}-00000-of-00001.parquet", range(first, first + count), workers)
-    card = DATASET_CARD.format(train=train, validation=validation, seed=seed)
+        write_split(data / f"{name}-00000-of-00001.parquet", range(first, first + count), labels, workers)
+    card = DATASET_CARD.format(train=train, validation=validation, seed=seed, labels=" ".join(labels))
     (Path(folder) / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -294,8 +298,10 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=600, help="number of training pictures")
     parser.add_argument("--validation", type=int, default=128, help="number of validation pictures")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other pictures")
+    kinds = (TABLE_LABEL, *LABELS)
+    parser.add_argument("--labels", nargs="+", choices=kinds, default=[TABLE_LABEL], help="objects that get boxes")
     options = parser.parse_args()
-    draw_dataset(options.folder, options.train, options.validation, options.seed)
+    draw_dataset(options.folder, options.train, options.validation, options.seed, options.labels)
 
 
 if __name__ == "__main__":

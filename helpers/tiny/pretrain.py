@@ -53,7 +53,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention, appl
 
 from helpers.boxes import from_grid, to_grid
 from helpers.collators import VISION_TOKENS
-from helpers.conversation import PROMPT, format_answer, to_conversation
+from helpers.conversation import PROMPT, Task, format_answer, to_conversation
 from helpers.generation import Detector, generate, to_questions
 from helpers.metrics import match_boxes
 from helpers.parsing import parse_answer
@@ -156,7 +156,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
         for label in labels
         for message in ("system", "user", "assistant")
     ]
-    corpus += [part["text"] for part in to_conversation("")[0]["content"]] * len(corpus)
+    corpus += [part["text"] for part in to_conversation(Task(""))[0]["content"]] * len(corpus)
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(corpus, vocab_size=512, new_special_tokens=SPECIAL_TOKENS[1:])
     tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"
     return tokenizer
@@ -397,7 +397,7 @@ def build_questions(group: dict, processor: Qwen2VLProcessor, kind: str) -> dict
     asked = ask_about(group, kind)
     prompts = [prompt for _, prompt, _, _ in asked]
     heads = {
-        prompt: processor.apply_chat_template(to_conversation(prompt), add_generation_prompt=True)
+        prompt: processor.apply_chat_template(to_conversation(Task(prompt)), add_generation_prompt=True)
         .replace("<|image_pad|>", image_tokens)
         for prompt in set(prompts)
     }  # fmt: skip
@@ -495,7 +495,7 @@ def score(model, processor, seeds: Sequence[int], batch_size: int = 64) -> dict[
     examples = [draw_package(seed) for seed in tqdm(seeds, desc="drawing", mininterval=5)]
     results = {}
     for label in tqdm([*LABELS, TABLE_LABEL], desc="scoring"):
-        detector = Detector(model, processor, prompt_for(label), max_new_tokens=96)
+        detector = Detector(model, processor, Task(prompt_for(label)), max_new_tokens=96)
         asked = [(image, [b for name, b in objects if name == label]) for image, objects in examples]
         asked = [(image, boxes) for image, boxes in asked if boxes]
         ious = []

@@ -1,0 +1,181 @@
+"""Boxes for pictures, found by what a training left: an adapter, a full checkpoint, or the merged model.
+
+    python -m helpers.detect --model OUTPUT_DIR/r4-joint PICTURE_OR_FOLDER ... --output FOLDER
+
+FOLDER gets detections.json (COCO results: `bbox` is [x, y, width, height] in pixels of the picture as it is displayed,
+`score` the geometric mean of the probabilities of its tokens), images.json (the pictures and categories that the
+results refer to by their ids), and every picture with its boxes. In Python:
+
+    from helpers.detect import Detector
+
+    detector = Detector.from_pretrained("OUTPUT_DIR/merged")
+    print(detector.detect([Image.open("photograph.jpg")]))
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageOps
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes
+
+from helpers import generation
+from helpers.detection import evaluate_detector
+from helpers.import_dataset import SUFFIXES
+from helpers.plots import PREDICTION_COLOUR
+from helpers.runs import write_json
+from helpers.training import load_detector
+
+AT_ONCE = 256  # pictures after which drawings are written
+
+
+class Detector(generation.Detector):
+    """A detector that is loaded from what a training left."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, max_new_tokens: int = 256, batch_size: int | None = None) -> Detector:
+        """The model in `folder`, asked as it was trained. Raises FileNotFoundError for a folder of something else."""
+        if not (Path(folder) / "recipe.json").is_file():
+            reason = "there is no recipe.json in it, which says what to ask"
+            raise FileNotFoundError(f"{folder} is not what a training of this project left: {reason}.")
+        limits = SimpleNamespace(max_pixels=10**9, max_new_tokens=max_new_tokens, eval_batch_size=batch_size)
+        return cls(**vars(load_detector(Path(folder), limits)))
+
+    def detect(self, images: Sequence[Image.Image | str]) -> list[list[dict]]:
+        """The objects in each image or file: `{"label", "box", "score"}`, boxes in pixels of the upright image."""
+        return [record["prediction"] for record in self.ask(list(images))]
+
+    def ask(self, images: Sequence[Image.Image | str], show_progress: bool = False) -> list[dict]:
+        """Records of images, as `helpers.detection.evaluate_detector` makes them."""
+        nothing, encoded = [{"bbox": [], "category_name": []}] * len(images), [*map(encode, images)]
+        rows = Dataset.from_dict({"image_id": [*map(str, range(len(images)))], "image": encoded, "objects": nothing})
+        return evaluate_detector(self, rows.cast_column("image", ImageFeature()), show_progress)
+
+
+def encode(image: Image.Image | str) -> dict:
+    """An image, or the content of an image file, as a dataset stores it."""
+    if isinstance(image, Image.Image):
+        return ImageFeature().encode_example(image)
+    return {"bytes": Path(image).read_bytes(), "path": None}
+
+
+def find_pictures(places: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """The pictures among files and below folders, and what cannot be used, with the reason."""
+    files, pictures, problems = [], [], []
+    for place in places:
+        below = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
+        files += below if place.is_dir() else [place]
+    for file in dict.fromkeys(files):
+        try:
+            with Image.open(file) as image:
+                image.verify()
+            pictures.append(file)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            problems.append(f"{file}: it cannot be read as a picture ({type(error).__name__})")
+    return pictures, problems
+
+
+def draw(file: Path, found: Sequence[dict]) -> Image.Image:
+    """The picture as it is displayed, with boxes, labels and scores."""
+    with Image.open(file) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    if not found:
+        return upright
+    boxes = torch.tensor([labelled["box"] for labelled in found])
+    names = [f"{labelled['label']} {labelled['score']:.2f}" for labelled in found]
+    size = max(12, max(upright.size) // 50)
+    style = {
+        "colors": PREDICTION_COLOUR,
+        "width": max(2, size // 8),
+        "font": findfont("DejaVu Sans"),
+        "font_size": size,
+    }
+    return to_pil_image(draw_bounding_boxes(pil_to_tensor(upright), boxes, names, **style))
+
+
+def to_results(records: Sequence[dict], labels: Sequence[str]) -> list[dict]:
+    """COCO's results of the records of images 1, 2, ...; labels are numbered from 1."""
+    numbers = {label: number for number, label in enumerate(labels, start=1)}
+    return [
+        {
+            "image_id": number,
+            "category_id": numbers[labelled["label"]],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": labelled["score"],
+        }
+        for number, record in enumerate(records, start=1)
+        for labelled in record["prediction"]
+        for x1, y1, x2, y2 in [labelled["box"]]
+    ]
+
+
+def write_results(pictures: Sequence[Path], records: Sequence[dict], known: Sequence[str], output: Path) -> None:
+    """detections.json and images.json; labels that the task does not name come after those that it does."""
+    answered = {labelled["label"] for record in records for labelled in record["prediction"]}
+    labels = [*known, *sorted(answered - set(known))]
+    sizes = [{"width": record["width"], "height": record["height"]} for record in records]
+    images = [
+        {"id": n, "file_name": str(p)} | s for n, (p, s) in enumerate(zip(pictures, sizes, strict=True), start=1)
+    ]
+    categories = [{"id": number, "name": label} for number, label in enumerate(labels, start=1)]
+    write_json(output / "images.json", {"images": images, "categories": categories})
+    write_json(output / "detections.json", to_results(records, labels))
+
+
+def detect_files(detector: Detector, pictures: Sequence[Path], options: argparse.Namespace) -> list[dict]:
+    """Ask about the pictures, and write each with its boxes; returns their records."""
+    records = []
+    for start in range(0, len(pictures), AT_ONCE):
+        some = pictures[start : start + AT_ONCE]
+        asked = zip(some, detector.ask([*map(str, some)], show_progress=True), strict=True)
+        for number, (file, record) in enumerate(asked, start + 1):
+            kept = [labelled for labelled in record["prediction"] if labelled["score"] >= options.threshold]
+            records.append(record | {"prediction": kept})
+            draw(file, kept).save(options.output / f"{number:05d}-{file.stem}.jpg")
+    return records
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", nargs="+", type=Path, help="files, or folders that are searched for pictures")
+    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="what a training left, or merged/")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--threshold", type=float, default=0.0, help="boxes with a lower score are left out")
+    parser.add_argument("--batch-size", type=int, help="pictures at once; default: what fits into the memory")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="one box takes 23 tokens or so")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command, see the module's docstring. Exit code 2 on bad input."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    pictures, problems = find_pictures(options.pictures)
+    for problem in problems:
+        print(f"left out: {problem}")
+    if not pictures:
+        parser.error("no picture can be read: give files or folders of pictures")
+    try:
+        detector = Detector.from_pretrained(options.model, options.max_new_tokens, options.batch_size)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    options.output.mkdir(parents=True, exist_ok=True)
+    records = detect_files(detector, pictures, options)
+    write_results(pictures, records, detector.task.labels, options.output)
+    boxes = sum(len(record["prediction"]) for record in records)
+    print(f"{boxes} boxes on {len(pictures)} pictures: {options.output / 'detections.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

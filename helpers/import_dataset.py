@@ -1,0 +1,500 @@
+"""Labelled pictures in the formats people have, written as the dataset folder that DATASET_ID takes.
+
+    python -m helpers.import_dataset --coco annotations.json --images FOLDER --output FOLDER
+    python -m helpers.import_dataset --coco train.json val.json --images FOLDER --output FOLDER
+    python -m helpers.import_dataset --yolo FOLDER --output FOLDER      # data.yaml, images/, labels/
+    python -m helpers.import_dataset --voc FOLDER --output FOLDER       # Annotations/, JPEGImages/, ImageSets/Main/
+    python -m helpers.import_dataset --imagefolder FOLDER --boxes xywh --output FOLDER      # metadata.jsonl
+
+OUTPUT gets data/train-….parquet and data/val-….parquet, report.txt (what was kept, and every picture that was left out
+with its reason), and contact_sheet.png: look at it before you train. Where the source has no split, --validation names
+the share of pictures that is held back for the evaluation, whole groups at a time: pictures with the same content are
+one group, and so are those whose names agree in the first parenthesis of --group, such as '(.*)_\\d+'.
+Pictures without objects are kept. In a metadata.jsonl (huggingface.co/docs/datasets/image_dataset) a line has
+file_name and objects, with bbox and category; what the four numbers are has to be said: xywh or xyxy in pixels, or
+yxyx in 0..1.
+
+The formats are read here and not by a library such as supervision, because those stop at the first malformed
+entry, or drop it without a word; here each is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import xxhash
+import yaml
+from PIL import ExifTags, Image, ImageOps
+from tqdm import tqdm
+
+from helpers.plots import plot_images
+from helpers.tiny.packages import FEATURES
+
+TRAIN, EVALUATION = "train", "val"
+SPLITS = {"train": TRAIN, "trainval": TRAIN, "val": EVALUATION, "valid": EVALUATION, "validation": EVALUATION}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A labelled picture as its source describes it. Raises nothing: what is wrong stands in `problem`."""
+
+    path: Path
+    boxes: list[list[float]] = field(default_factory=list)  # [x1, y1, x2, y2] in pixels, or in 0..1 if `relative`
+    labels: list[str] = field(default_factory=list)
+    split: str | None = None  # None: the source does not say
+    size: tuple[int, int] | None = None  # width and height as the source states them
+    relative: bool = False
+    problem: str | None = None  # why it cannot be used
+
+
+# COCO
+
+
+def read_coco(files: Sequence[Path], images: Path) -> list[Picture]:
+    """The pictures of one file, or of one to train on and one to evaluate on. Raises ValueError for other files."""
+    splits = [None] if len(files) == 1 else [TRAIN, EVALUATION]
+    return [
+        picture for file, split in zip(files, splits, strict=True) for picture in read_coco_file(file, images, split)
+    ]
+
+
+def read_coco_file(file: Path, images: Path, split: str | None) -> Iterator[Picture]:
+    """The pictures of one annotation file (cocodataset.org/#format-data): boxes are `[x, y, width, height]`."""
+    content = load_json(file)
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    boxes = {}
+    for annotation in content["annotations"]:
+        boxes.setdefault(annotation.get("image_id"), []).append(annotation)
+    known = Counter(entry.get("id") for entry in content["images"])
+    for image_id in boxes.keys() - known.keys():
+        yield Picture(file, problem=f"annotations of picture {image_id!r}, which is not listed under images")
+    for entry in content["images"]:
+        picture = Picture(images / str(entry.get("file_name")), split=split)
+        if known[entry.get("id")] > 1:
+            yield replace(picture, problem=f"the id {entry.get('id')!r} belongs to {known[entry['id']]} pictures")
+        else:
+            yield add_coco_boxes(picture, entry, boxes.get(entry.get("id"), []), names)
+
+
+def load_json(file: Path) -> dict:
+    """The annotation file. Raises ValueError unless it looks like COCO's."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror}): give --coco an annotation file") from error
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}): export it again as COCO JSON") from error
+    parts = ("images", "annotations", "categories")
+    missing = [part for part in parts if not isinstance(content, dict) or not isinstance(content.get(part), list)]
+    if missing:
+        raise ValueError(f"{file} has no list {', '.join(missing)}: export it as COCO JSON for object detection")
+    if not content["images"]:
+        raise ValueError(f"{file} lists no picture: export the pictures with their annotations")
+    return content
+
+
+def add_coco_boxes(picture: Picture, entry: dict, annotations: Sequence[dict], names: dict[int, str]) -> Picture:
+    """The picture with its boxes; crowds (`iscrowd`) are regions, not objects, and left out."""
+    size = (entry["width"], entry["height"]) if entry.get("width") and entry.get("height") else None
+    objects = [annotation for annotation in annotations if not annotation.get("iscrowd")]
+    for annotation in objects:
+        box, category = annotation.get("bbox"), annotation.get("category_id")
+        if not is_numbers(box, 4):
+            return replace(picture, problem=f"bbox {box!r} is not [x, y, width, height]")
+        if category not in names:
+            return replace(picture, problem=f"category_id {category!r} is not listed under categories")
+    boxes = [[x, y, x + width, y + height] for x, y, width, height in (o["bbox"] for o in objects)]
+    return replace(picture, boxes=boxes, labels=[str(names[o["category_id"]]) for o in objects], size=size)
+
+
+def is_numbers(value: object, count: int) -> bool:
+    """Whether a value is a list of so many finite numbers."""
+    is_list = isinstance(value, list) and len(value) == count
+    return is_list and all(isinstance(v, int | float) and math.isfinite(v) for v in value)
+
+
+# YOLO
+
+
+def read_yolo(folder: Path) -> list[Picture]:
+    """The pictures of a folder with `data.yaml` (docs.ultralytics.com/datasets/detect). Raises ValueError."""
+    file = folder if folder.suffix in (".yaml", ".yml") else folder / "data.yaml"
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror}): give --yolo a folder with data.yaml") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("names"), list | dict):
+        raise ValueError(f"{file} has no names: list the classes there, `names: [cat, dog]`")
+    names = content["names"]
+    names = names if isinstance(names, dict) else dict(enumerate(names))
+    root = file.parent / content.get("path", ".")
+    listed = {name: content[name] for name in SPLITS if content.get(name)}
+    if not listed:
+        raise ValueError(f"{file} names no folder of pictures: add `train: images/train`")
+    splits = {SPLITS[name] for name in listed}
+    found = [
+        read_yolo_picture(path, {int(n): str(label) for n, label in names.items()}, SPLITS[name])
+        for name, places in listed.items()
+        for place in ([places] if isinstance(places, str) else places)
+        for path in list_pictures(find_place(root, file.parent, place), file)
+    ]
+    return found if len(splits) > 1 else [replace(picture, split=None) for picture in found]
+
+
+def find_place(root: Path, beside: Path, place: str) -> Path:
+    """A folder of pictures as data.yaml names it; `../train/images`, as some exports write, is beside the file."""
+    candidates = [root / place, beside / place, beside / re.sub(r"^(\.\./)+", "", place)]
+    return next((path for path in candidates if path.exists()), candidates[0])
+
+
+def list_pictures(place: Path, file: Path) -> list[Path]:
+    """The pictures in a folder, or those that a text file lists. Raises ValueError where there is neither."""
+    if place.suffix == ".txt" and place.is_file():
+        return [place.parent / line for line in place.read_text(encoding="utf-8").split("\n") if line.strip()]
+    if not place.is_dir():
+        raise ValueError(f"{file} names {place}, which does not exist: correct the path, or add the folder")
+    return sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
+
+
+def read_yolo_picture(path: Path, names: dict[int, str], split: str) -> Picture:
+    """A picture with the lines of its text file, `class x_center y_center width height` in 0..1; none: no objects."""
+    parts = path.parts
+    last = max((n for n, part in enumerate(parts) if part == "images"), default=None)
+    parts = parts if last is None else (*parts[:last], "labels", *parts[last + 1 :])
+    file, picture = Path(*parts).with_suffix(".txt"), Picture(path, split=split, relative=True)
+    boxes, labels = [], []
+    for number, line in enumerate(file.read_text().splitlines() if file.is_file() else [], start=1):
+        try:
+            category, x, y, width, height = map(float, line.split())
+        except ValueError:
+            if line.strip():
+                return replace(picture, problem=f"{file.name}, line {number} is not `class x y width height`")
+            continue
+        if category not in names:
+            return replace(picture, problem=f"{file.name}, line {number}: class {category:g} is beyond names")
+        boxes.append([x - width / 2, y - height / 2, x + width / 2, y + height / 2])
+        labels.append(names[int(category)])
+    return replace(picture, boxes=boxes, labels=labels)
+
+
+# Pascal VOC
+
+
+def read_voc(folder: Path) -> list[Picture]:
+    """The pictures of a folder in the layout of Pascal VOC. Raises ValueError where there are no annotations."""
+    files = sorted((folder / "Annotations").glob("*.xml")) or sorted(folder.glob("*.xml"))
+    if not files:
+        raise ValueError(f"{folder} holds no Annotations/*.xml: give --voc a folder in the layout of Pascal VOC")
+    lists = {name: folder / "ImageSets/Main" / f"{name}.txt" for name in ("train", "val")}
+    split_of = {
+        stem: SPLITS[name]
+        for name, file in lists.items()
+        if file.is_file()
+        for stem in (line.split()[0] for line in file.read_text().splitlines() if line.strip())
+    }
+    return [read_voc_picture(file, folder, split_of.get(file.stem)) for file in files]
+
+
+def read_voc_picture(file: Path, folder: Path, split: str | None) -> Picture:
+    """A picture from its XML file; corners are pixels counted from 1, and belong to the box."""
+    try:
+        root = ElementTree.parse(file).getroot()
+    except ElementTree.ParseError as error:
+        return Picture(file, problem=f"not XML ({error})")
+    name = root.findtext("filename") or f"{file.stem}.jpg"
+    places = [folder / "JPEGImages" / name, folder / "images" / name, file.parent / name]
+    picture = Picture(next((place for place in places if place.exists()), places[0]), split=split)
+    boxes, labels = [], []
+    for number, entry in enumerate(root.iter("object"), start=1):
+        try:
+            x1, y1, x2, y2 = (float(entry.findtext(f"bndbox/{c}")) for c in ("xmin", "ymin", "xmax", "ymax"))
+        except (TypeError, ValueError):
+            return replace(picture, problem=f"{file.name}: object {number} has no bndbox of four numbers")
+        if not (label := entry.findtext("name")):
+            return replace(picture, problem=f"{file.name}: object {number} has no name")
+        boxes.append([x1 - 1, y1 - 1, x2, y2])
+        labels.append(label)
+    numbers = [root.findtext(f"size/{side}") for side in ("width", "height")]
+    size = tuple(int(number) for number in numbers) if all(n and n.isdigit() and int(n) for n in numbers) else None
+    return replace(picture, boxes=boxes, labels=labels, size=size)
+
+
+# Folders with metadata.jsonl
+
+CONVENTIONS = ("xywh", "xyxy", "yxyx")  # of bbox; the first two in pixels, the last in 0..1
+LABEL_NAMES = ("category_name", "category", "categories", "label", "labels")
+
+
+def read_imagefolder(folder: Path, convention: str) -> list[Picture]:
+    """The pictures of metadata.jsonl, in the folder or in one a split. Raises ValueError where there is none."""
+    files = [folder / "metadata.jsonl", *sorted(folder.glob("*/metadata.jsonl"))]
+    found = [
+        read_metadata_line(line, f"{file}, line {number}", file.parent, convention)
+        for file in files
+        if file.is_file()
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+        if line.strip()
+    ]
+    if not found:
+        raise ValueError(f"{folder} holds no metadata.jsonl with lines: give --imagefolder a folder that has one")
+    splits = {picture.split for picture in found} - {None}
+    return found if len(splits) > 1 else [replace(picture, split=None) for picture in found]
+
+
+def read_metadata_line(text: str, place: str, folder: Path, convention: str) -> Picture:
+    """One line of metadata.jsonl."""
+    try:
+        line = json.loads(text)
+        picture = Picture(folder / line["file_name"], split=SPLITS.get(folder.name), relative=convention == "yxyx")
+        objects = line.get("objects") or {"bbox": []}
+        boxes, labels = objects["bbox"], next((objects[name] for name in LABEL_NAMES if name in objects), [])
+    except (ValueError, KeyError, TypeError) as error:
+        return Picture(Path(place), problem=f"not an object with file_name and objects ({type(error).__name__})")
+    wrong = [box for box in boxes if not is_numbers(box, 4)]
+    if wrong or len(labels) != len(boxes):
+        return replace(
+            picture, problem=f"{place}: {len(boxes)} boxes, {len(labels)} labels, not four numbers: {wrong}"
+        )
+    return replace(picture, boxes=[to_corners(box, convention) for box in boxes], labels=[*map(str, labels)])
+
+
+def to_corners(box: Sequence[float], convention: str) -> list[float]:
+    """A box in one of CONVENTIONS as `[x1, y1, x2, y2]`, in the same units."""
+    a, b, c, d = box
+    return {"xywh": [a, b, a + c, b + d], "xyxy": [a, b, c, d], "yxyx": [b, a, d, c]}[convention]
+
+
+# Checking
+
+
+def check(picture: Picture) -> Picture:
+    """The picture with boxes in pixels, or with the problem that keeps it out. Half a pixel outside is clamped."""
+    if picture.problem:
+        return picture
+    try:
+        with Image.open(picture.path) as image:
+            stored, orientation = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
+            image.draft("RGB", (256, 256))
+            image.load()
+    except FileNotFoundError:
+        return replace(picture, problem="there is no such file")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return replace(picture, problem=f"the picture cannot be decoded ({type(error).__name__})")
+    size = stored[::-1] if orientation >= 5 else stored
+    if picture.size not in (None, size):
+        turned = " as stored; it is turned by its EXIF orientation: save it upright" if picture.size == stored else ""
+        return replace(picture, problem=f"its annotation is for {picture.size} pixels, it has {size}{turned}")
+    scale = np.array(size * 2 if picture.relative else (1, 1, 1, 1))
+    boxes = np.reshape(picture.boxes, (-1, 4)) * scale
+    if problem := describe_box_problem(boxes, size):
+        return replace(picture, problem=problem)
+    return replace(picture, boxes=boxes.clip(0, size * 2).tolist(), size=size, relative=False)
+
+
+def describe_box_problem(boxes: np.ndarray, size: tuple[int, int]) -> str | None:
+    """What is wrong with boxes (n, 4) in pixels of a picture of (width, height), or None."""
+    for box in boxes:
+        x1, y1, x2, y2 = box
+        shown = [round(float(v), 1) for v in box]
+        if not np.isfinite(box).all():
+            return f"box {shown} is not finite"
+        if x2 - x1 <= 0 or y2 - y1 <= 0:
+            return f"box {shown} has no area"
+        if min(x1, y1) < -1 or x2 > size[0] + 1 or y2 > size[1] + 1:
+            return f"box {shown} is outside of the picture of {size[0]} x {size[1]} pixels"
+    return None
+
+
+# Splitting
+
+
+def split_by_group(pictures: Sequence[Picture], share: float, pattern: str | None, seed: int) -> list[Picture]:
+    """Pictures with a split where the source gives none: about `share` of them, in whole groups, to evaluate on."""
+    groups = [group_of(picture, pattern) for picture in pictures]
+    open_groups = sorted({group for group, picture in zip(groups, pictures, strict=True) if picture.split is None})
+    order = np.random.default_rng(seed).permutation(len(open_groups))
+    counts, wanted, held = Counter(groups), share * len(pictures), set()
+    for number in order:
+        if sum(counts[group] for group in held) >= wanted:
+            break
+        held.add(open_groups[number])
+    return [
+        picture if picture.split else replace(picture, split=EVALUATION if group in held else TRAIN)
+        for picture, group in zip(pictures, groups, strict=True)
+    ]
+
+
+def group_of(picture: Picture, pattern: str | None) -> str:
+    """What pictures that belong together have in common: part of the file name, else their content."""
+    if pattern and (found := re.match(pattern, picture.path.stem)):
+        return found[1] if found.groups() else found[0]
+    return xxhash.xxh3_64_hexdigest(picture.path.read_bytes())
+
+
+# Writing
+
+
+def to_row(picture: Picture, labels: Sequence[str], pattern: str | None) -> dict:
+    """A picture as a row of the dataset; the file's bytes are kept as they are."""
+    (width, height), boxes = picture.size, picture.boxes
+    return {
+        "image_id": picture.path.name,
+        "image": {"bytes": picture.path.read_bytes(), "path": picture.path.name},
+        "width": width,
+        "height": height,
+        "meta": {"barcode": group_of(picture, pattern), "off_image_id": "", "image_url": ""},
+        "objects": {
+            "bbox": [[y1 / height, x1 / width, y2 / height, x2 / width] for x1, y1, x2, y2 in boxes],
+            "category_id": [labels.index(label) for label in picture.labels],
+            "category_name": picture.labels,
+        },
+    }
+
+
+def write_split(file: Path, pictures: Sequence[Picture], labels: Sequence[str], pattern: str | None) -> None:
+    """One Parquet file, a few rows in memory at a time; it gets its name when it is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".partial")
+    with pyarrow.parquet.ParquetWriter(unfinished, FEATURES.arrow_schema) as writer:
+        for start in tqdm(range(0, len(pictures), ROWS_AT_ONCE), desc=f"writing {file.name}"):
+            rows = [to_row(picture, labels, pattern) for picture in pictures[start : start + ROWS_AT_ONCE]]
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema=FEATURES.arrow_schema))
+    unfinished.replace(file)
+
+
+def describe_import(kept: Sequence[Picture], left_out: Sequence[Picture]) -> str:
+    """What was kept of which label, and every picture that was left out with its reason."""
+    lines = [f"{len(kept)} pictures kept, {len(left_out)} left out"]
+    for split in (TRAIN, EVALUATION):
+        pictures = [picture for picture in kept if picture.split == split]
+        boxes = Counter(label for picture in pictures for label in picture.labels)
+        empty = sum(not picture.labels for picture in pictures)
+        counted = ", ".join(f"{count} {label}" for label, count in sorted(boxes.items())) or "no boxes"
+        lines.append(f"{split}: {len(pictures)} pictures, {empty} of them without objects; boxes: {counted}")
+    return "\n".join([*lines, *(f"left out: {picture.path}: {picture.problem}" for picture in left_out)])
+
+
+def draw_contact_sheet(pictures: Sequence[Picture], file: Path, count: int = 16) -> None:
+    """Pictures from all of the list with their boxes, labels as titles."""
+    chosen = [pictures[n] for n in np.unique(np.linspace(0, len(pictures) - 1, count).astype(int))]
+    images = [upright(picture.path) for picture in chosen]
+    scaled = [
+        [[v * image.width / picture.size[0] for v in box] for box in picture.boxes]
+        for image, picture in zip(images, chosen, strict=True)
+    ]
+    titles = [", ".join(dict.fromkeys(picture.labels)) or "no objects" for picture in chosen]
+    figure = plot_images(images, scaled, titles=titles)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def upright(path: Path, side: int = 480) -> Image.Image:
+    """A small copy of a picture, turned as it is displayed."""
+    with Image.open(io.BytesIO(path.read_bytes())) as image:
+        small = ImageOps.exif_transpose(image).convert("RGB")
+    small.thumbnail((side, side))
+    return small
+
+
+# The command line
+
+
+def import_dataset(pictures: Sequence[Picture], options: argparse.Namespace) -> str:
+    """Check, split and write the pictures; returns the report. Raises ValueError where nothing can be written."""
+    checked = [check(picture) for picture in tqdm(pictures, desc="checking pictures", unit="picture")]
+    left_out = [picture for picture in checked if picture.problem]
+    usable = [picture for picture in checked if not picture.problem]
+    kept = split_by_group(usable, options.validation, options.group, options.seed) if usable else []
+    report = describe_import(kept, left_out)
+    labels = sorted({label for picture in kept for label in picture.labels})
+    missing = [split for split in (TRAIN, EVALUATION) if split not in {picture.split for picture in kept}]
+    if missing or not labels:
+        reason = f"no picture is left for {missing[0]}" if missing else "no picture has a box"
+        raise ValueError(f"{reason}, nothing was written. {report}")
+    for split in (TRAIN, EVALUATION):
+        rows = [picture for picture in kept if picture.split == split]
+        write_split(options.output / "data" / f"{split}-00000-of-00001.parquet", rows, labels, options.group)
+    (options.output / "report.txt").write_text(report + "\n", encoding="utf-8")
+    draw_contact_sheet(kept, options.output / "contact_sheet.png")
+    return report
+
+
+def read_source(options: argparse.Namespace) -> list[Picture]:
+    """The pictures of the source that the options name. Raises ValueError."""
+    if options.coco:
+        return read_coco(options.coco, options.images)
+    if options.imagefolder:
+        return read_imagefolder(options.imagefolder, options.boxes)
+    return read_yolo(options.yolo) if options.yolo else read_voc(options.voc)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--coco", type=Path, nargs="+", metavar="FILE", help="one annotation file, or train and val")
+    source.add_argument("--yolo", type=Path, metavar="FOLDER", help="a folder with data.yaml, or that file")
+    source.add_argument("--voc", type=Path, metavar="FOLDER", help="a folder with Annotations/*.xml")
+    source.add_argument("--imagefolder", type=Path, metavar="FOLDER", help="a folder with metadata.jsonl")
+    parser.add_argument("--boxes", choices=CONVENTIONS, help="what bbox holds in a metadata.jsonl")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="what file_name of a COCO file is relative to")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="must not hold a dataset yet")
+    parser.add_argument("--validation", type=float, default=0.2, help="share to evaluate on, where no split is given")
+    parser.add_argument("--group", metavar="REGEX", help="names that agree in its first parenthesis stay together")
+    parser.add_argument("--seed", type=int, default=42, help="of the split")
+    return parser
+
+
+def describe_option_problem(options: argparse.Namespace) -> str | None:
+    """What is wrong with the options, or None."""
+    if options.coco and not options.images:
+        return "--coco needs --images FOLDER, the folder that holds the pictures"
+    if options.imagefolder and not options.boxes:
+        return f"--imagefolder needs --boxes, one of {', '.join(CONVENTIONS)}: what the numbers of bbox are"
+    if options.coco and len(options.coco) > 2:
+        return "--coco takes one file, or one to train on and one to evaluate on"
+    if not 0 < options.validation < 1:
+        return f"--validation {options.validation} is not a share: give a number between 0 and 1"
+    if list(options.output.glob("data/*.parquet")):
+        return f"--output {options.output} holds a dataset already: name another folder, or delete it"
+    try:
+        re.compile(options.group or "")
+    except re.error as error:
+        return f"--group {options.group} is not a regular expression ({error})"
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command, see the module's docstring. Exit code 2 on bad input."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if problem := describe_option_problem(options):
+        parser.error(problem)
+    try:
+        report = import_dataset(read_source(options), options)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{report}\nLook at {options.output / 'contact_sheet.png'}, then train with DATASET_ID={options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""A saved result finds objects in files: the command, and the class for Python."""
+
+import json
+import shutil
+from dataclasses import asdict
+
+import pytest
+from faster_coco_eval import COCO
+from PIL import ExifTags, Image
+
+from helpers.conversation import PROMPT, Task
+from helpers.detect import Detector, main
+from helpers.loading import load_processor, pixel_budget
+from helpers.metrics import match_boxes
+from helpers.recipes import CATALOGUE
+from helpers.runs import write_json
+from helpers.tiny.packages import draw_package
+
+
+@pytest.fixture(scope="module")
+def result(base, tmp_path_factory):
+    """The base as a result that was trained to find barcodes."""
+    folder = tmp_path_factory.mktemp("run") / "r2-vision-only"
+    shutil.copytree(base, folder)
+    budget = pixel_budget(load_processor(str(base), 10**9))
+    task = Task(PROMPT.format(label="barcode"), ["barcode"], pixel_budget=budget)
+    write_json(folder / "recipe.json", asdict(CATALOGUE["r2-vision-only"]) | asdict(task) | {"base": "."})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packages():
+    """Three packages with one barcode each: image, box."""
+    drawn = (draw_package(seed) for seed in range(100, 200))
+    labelled = ((image, [box for label, box in objects if label == "barcode"]) for image, objects in drawn)
+    return [(image, boxes[0]) for image, boxes in labelled if len(boxes) == 1][:3]
+
+
+@pytest.mark.slow
+def test_a_result_detects_images_as_it_was_trained_to(result, packages, tmp_path):
+    moved = shutil.copytree(result, tmp_path / "moved")
+    detector = Detector.from_pretrained(moved, batch_size=2)
+    found = detector.detect([image for image, _ in packages])
+    assert [{labelled["label"] for labelled in boxes} for boxes in found] == [{"barcode"}] * 3
+    ious = [
+        match_boxes([box], [labelled["box"] for labelled in boxes])
+        for (_, box), boxes in zip(packages, found, strict=True)
+    ]
+    assert sum(iou for (iou,) in ious) / 3 > 0.6
+
+
+@pytest.mark.slow
+def test_the_command_writes_coco_results_and_drawings(result, packages, tmp_path, capsys):
+    folder = tmp_path / "with spaces é"
+    folder.mkdir()
+    packages[0][0].save(folder / "a.png")
+    turned, exif = packages[1][0].transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned a quarter clockwise for display
+    turned.save(folder / "b.jpg", exif=exif, quality=95)
+    (folder / "c.jpg").write_text("not an image")
+    assert main([str(folder), "--model", str(result), "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "c.jpg: it cannot be read as a picture" in printed
+    described = json.loads((tmp_path / "out/images.json").read_text())
+    assert [image["file_name"] for image in described["images"]] == [str(folder / "a.png"), str(folder / "b.jpg")]
+    assert [(image["width"], image["height"]) for image in described["images"]] == [p.size for p, _ in packages[:2]]
+    truth = COCO(described | {"annotations": []})
+    results = truth.loadRes(str(tmp_path / "out/detections.json"))
+    x, y, width, height = results.anns[2]["bbox"]
+    assert match_boxes([packages[1][1]], [[x, y, x + width, y + height]])[0] > 0.5
+    with Image.open(tmp_path / "out/00002-b.jpg") as drawn:
+        assert drawn.size == packages[1][0].size
+    assert main([str(folder), "--model", str(result), "--output", str(tmp_path / "none"), "--threshold", "1.1"]) == 0
+    assert json.loads((tmp_path / "none/detections.json").read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "pictures", "reason"),
+    [
+        ("nowhere", "a.png", "nowhere is not what a training of this project left"),
+        ("x", "b.png", "no picture can be read"),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path, capsys, model, pictures, reason):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / pictures), "--model", model, "--output", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
