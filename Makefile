@@ -13,7 +13,7 @@ PAPERMILL := HF_HUB_OFFLINE=1 JUPYTER_PATH=$(CURDIR)/.venv/share/jupyter $(BIN)/
   --kernel python3 --language python --progress-bar
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-notebooks test-helpers lint sync from-notebook notebook topics topic requirements
+.PHONY: help demo test test-runs test-helpers lint sync from-notebook notebook topics topic requirements
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,14 +25,17 @@ demo: .venv/installed $(DATASET)/.drawn  ## run the whole notebook on the embedd
 	$(BIN)/jupyter nbconvert --to html --CoalesceStreamsPreprocessor.enabled=True $(EXECUTED)
 	@echo "Read it: $(EXECUTED:.ipynb=.html)"
 
-test: lint  ## lint, then run every test; the notebooks and the rest side by side, a thread each
-	OMP_NUM_THREADS=1 $(MAKE) --jobs=2 test-notebooks test-helpers
+# of like duration: whole runs, and all other tests
+RUNS := tests/test_notebook.py tests/test_train_recipe.py tests/test_families.py tests/test_results.py
 
-test-notebooks:
-	$(BIN)/python -m pytest -q tests/test_notebook.py
+test: lint  ## lint, then run every test; whole runs and the rest side by side, a thread each
+	OMP_NUM_THREADS=1 $(MAKE) --jobs=2 test-runs test-helpers
+
+test-runs:
+	$(BIN)/python -m pytest -q $(RUNS)
 
 test-helpers:
-	$(BIN)/python -m pytest -q --ignore tests/test_notebook.py
+	$(BIN)/python -m pytest -q $(RUNS:%=--ignore %)
 
 lint: .venv/installed-dev  ## check style and formatting
 	$(BIN)/ruff check

@@ -6,6 +6,7 @@
     python -m helpers.benchmark --processor FOLDER --mixed        # images of four sizes instead of one
     python -m helpers.benchmark --processor FOLDER --whose ours --without compile              # what a lever gains
     python -m helpers.benchmark --processor FOLDER --only r4-joint --epochs 3       # a whole run, by parts
+    python -m helpers.benchmark --processor FOLDER --size qwen3-vl-8b    # another model (--count: what is trained)
     python -m helpers.benchmark --processor FOLDER --build-only   # leaves a model and a dataset for the notebook
 
 FOLDER holds Qwen2-VL's own processor (any Qwen2-VL repository of the hub has it). Random weights take the same memory
@@ -32,11 +33,18 @@ from datasets import Dataset
 from peft import get_peft_model
 from PIL import Image
 from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
     BitsAndBytesConfig,
     GenerationConfig,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
+    PreTrainedConfig,
+    ProcessorMixin,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
     Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
     TrainerCallback,
 )
 from transformers.trainer_utils import IntervalStrategy
@@ -48,36 +56,83 @@ from helpers.data import Splits, load_rows, read_row, to_training_dataset
 from helpers.detection import evaluate_detector
 from helpers.generation import Detector, generate, to_questions
 from helpers.loading import KEPT_MODULES, best_dtype, load_model, load_processor, release_memory
-from helpers.quantization import PUBLISHED_SIZES
+from helpers.quantization import PUBLISHED_SIZES, describe_text
 from helpers.recipes import CATALOGUE, TrainingRecipe, apply_freeze_policy, build_lora_config_for_recipe
 from helpers.runs import RunFolder, write_json
-from helpers.speed import free_memory, plan_memory
+from helpers.speed import count_trained, free_memory, plan_memory
 from helpers.tiny.packages import draw_dataset
 from helpers.training import DetectionTrainer, build_trainer, create_detector, load_trained_model
 
 LABELS = ("nutrition-table",)
-VISION = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16}
-SIZES = {
-    "7b": {
-        "text": PUBLISHED_SIZES["7B"][0] | {"max_position_embeddings": 32768},
-        "vision": VISION | {"hidden_size": 3584},
-        "side": 980,
-        "trainable": {"r1-llm-only": 161_480_704, "r2-vision-only": 675_759_104, "r4-joint": 198_180_864},
-    },
-    "2b": {
-        "text": PUBLISHED_SIZES["2B"][0] | {"max_position_embeddings": 32768},
-        "vision": VISION | {"hidden_size": 1536},
-        "side": 980,
-        "trainable": {},
-    },
-    "tiny": {
-        "text": {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
-                 "num_key_value_heads": 1, "vocab_size": 512, "max_position_embeddings": 32768},
-        "vision": {"depth": 2, "embed_dim": 192, "hidden_size": 256, "mlp_ratio": 4, "num_heads": 3},
-        "side": 112,
-        "trainable": {},
-    },
-}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The configuration of a published model, without its weights; images of `side` pixels are 1,225 tokens or so."""
+
+    family: str
+    text: dict
+    vision: dict
+    tied: bool  # one matrix is embedding and lm_head
+    side: int = 980
+
+
+QWEN2 = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16}
+QWEN2_5 = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "window_size": 112}
+QWEN3 = {"num_heads": 16, "patch_size": 16, "num_position_embeddings": 2304}
+QWEN3_SMALL = QWEN3 | {
+    "depth": 24,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "deepstack_visual_indexes": [5, 11, 17],
+}
+QWEN3_LARGE = QWEN3 | {
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "deepstack_visual_indexes": [8, 16, 24],
+}
+HEADS = {"head_dim": 128}
+SHAPES = {  # of the repositories Qwen/… on the hub
+    "qwen2-vl-2b": Shape("qwen2_vl", PUBLISHED_SIZES["2B"][0], QWEN2 | {"hidden_size": 1536}, True),
+    "qwen2-vl-7b": Shape("qwen2_vl", PUBLISHED_SIZES["7B"][0], QWEN2 | {"hidden_size": 3584}, False),
+    "qwen2.5-vl-3b": Shape(
+        "qwen2_5_vl", describe_text(2048, 36, 16, 2, 11008, 151936), QWEN2_5 | {"out_hidden_size": 2048}, True
+    ),
+    "qwen2.5-vl-7b": Shape(
+        "qwen2_5_vl", describe_text(3584, 28, 28, 4, 18944, 152064), QWEN2_5 | {"out_hidden_size": 3584}, False
+    ),
+    "qwen3-vl-2b": Shape(
+        "qwen3_vl",
+        describe_text(2048, 28, 16, 8, 6144, 151936) | HEADS,
+        QWEN3_SMALL | {"out_hidden_size": 2048},
+        True,
+        1120,
+    ),
+    "qwen3-vl-4b": Shape(
+        "qwen3_vl",
+        describe_text(2560, 36, 32, 8, 9728, 151936) | HEADS,
+        QWEN3_SMALL | {"out_hidden_size": 2560},
+        True,
+        1120,
+    ),
+    "qwen3-vl-8b": Shape(
+        "qwen3_vl",
+        describe_text(4096, 36, 32, 8, 12288, 151936) | HEADS,
+        QWEN3_LARGE | {"out_hidden_size": 4096},
+        False,
+        1120,
+    ),
+    "tiny": Shape(
+        "qwen2_vl",
+        describe_text(256, 2, 2, 1, 256, 512),
+        {"depth": 2, "embed_dim": 192, "hidden_size": 256, "mlp_ratio": 4, "num_heads": 3},
+        False,
+        112,
+    ),
+}
+TRAINABLE = {"r1-llm-only": 161_480_704, "r2-vision-only": 675_759_104, "r4-joint": 198_180_864}  # of qwen2-vl-7b
+SECTIONS = {"qwen2_vl": [16, 24, 24], "qwen2_5_vl": [16, 24, 24], "qwen3_vl": [24, 20, 20]}  # of M-RoPE
 MIXED = [(1, 1), (1.3, 0.75), (0.75, 1.3), (0.8, 0.6)]  # width and height, in parts of the usual side
 TOKENS = 28  # of every answer
 RUN_IMAGES = 1083, 64  # of a whole run: to train on, to choose checkpoints with
@@ -86,27 +141,52 @@ RUN_IMAGES = 1083, 64  # of a whole run: to train on, to choose checkpoints with
 # What is measured: a model and datasets
 
 
-def build_model(folder: Path, size: str, processor_id: str) -> None:
-    """Save a Qwen2-VL with random weights, and the processor, into `folder`."""
-    processor = Qwen2VLProcessor.from_pretrained(processor_id)
-    to_id = processor.tokenizer.convert_tokens_to_ids
-    end, pad = to_id("<|im_end|>"), to_id("<|endoftext|>")
-    text = SIZES[size]["text"] | {
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        "bos_token_id": pad,
-        "eos_token_id": end,
-    }
+def build_config(shape: Shape, tokenizer) -> PreTrainedConfig:
+    """The configuration of a model of this shape for a Qwen tokenizer."""
+    to_id = tokenizer.convert_tokens_to_ids
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": SECTIONS[shape.family]}
+    text = shape.text | {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "rope_parameters": rope}
+    text |= {"eos_token_id": to_id("<|im_end|>"), "bos_token_id": to_id("<|endoftext|>")}
     tokens = {f"{kind}_token_id": to_id(f"<|{kind}_pad|>") for kind in ("image", "video")}
-    tokens["vision_start_token_id"] = to_id("<|vision_start|>")
-    config = Qwen2VLConfig(text_config=text, vision_config=SIZES[size]["vision"], tie_word_embeddings=False, **tokens)
+    tokens |= {f"vision_{place}_token_id": to_id(f"<|vision_{place}|>") for place in ("start", "end")}
+    sizes = {"text_config": text, "vision_config": shape.vision, "tie_word_embeddings": shape.tied}
+    return AutoConfig.for_model(shape.family, **sizes, **tokens)
+
+
+def build_processor(family: str, source: ProcessorMixin) -> ProcessorMixin:
+    """A family's own processor, with the tokenizer, the chat template and the pixel budget of a Qwen2-VL's."""
+    patch = 16 if family == "qwen3_vl" else 14
+    images = Qwen2VLImageProcessor(patch_size=patch, size=dict(source.image_processor.size))
+    parts = {"image_processor": images, "tokenizer": source.tokenizer, "chat_template": source.chat_template}
+    if family == "qwen3_vl":
+        return Qwen3VLProcessor(video_processor=Qwen3VLVideoProcessor(), **parts)
+    kind = Qwen2_5_VLProcessor if family == "qwen2_5_vl" else Qwen2VLProcessor
+    return kind(video_processor=Qwen2VLVideoProcessor(), **parts)
+
+
+def build_model(folder: Path, size: str, processor_id: str) -> None:
+    """Save a model with random weights, and its processor, into `folder`."""
+    shape, source = SHAPES[size], Qwen2VLProcessor.from_pretrained(processor_id)
+    config = build_config(shape, source.tokenizer)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2VLForConditionalGeneration(config)
+        model = AutoModelForImageTextToText.from_config(config)
     torch.set_default_dtype(torch.float32)
+    end, pad = map(source.tokenizer.convert_tokens_to_ids, ("<|im_end|>", "<|endoftext|>"))
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    build_processor(shape.family, source).save_pretrained(folder)
+
+
+def count_sizes(tokenizer) -> pd.DataFrame:
+    """Parameters of every published model, and how many of them each recipe trains, without weights."""
+    lines = {}
+    for name, shape in SHAPES.items():
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(build_config(shape, tokenizer))
+        trained = {recipe: count_trained(model, CATALOGUE[recipe]) for recipe in TRAINABLE}
+        lines[name] = {"parameters": model.num_parameters()} | trained
+    return pd.DataFrame(lines).T
 
 
 def build_dataset(folder: Path, side: int, train: int, validation: int) -> None:
@@ -241,7 +321,7 @@ def build_stock_trainer(
     four_bits |= {"bnb_4bit_compute_dtype": best_dtype(), "llm_int8_skip_modules": kept_modules}
     quantization = BitsAndBytesConfig(**four_bits) if recipe.quantized else None
     arguments = {"dtype": best_dtype(), "device_map": "auto" if torch.cuda.is_available() else "cpu"}
-    model = Qwen2VLForConditionalGeneration.from_pretrained(
+    model = AutoModelForImageTextToText.from_pretrained(
         settings.model_id, quantization_config=quantization, attn_implementation="sdpa", **arguments
     )
     lora = build_lora_config_for_recipe(recipe)
@@ -311,7 +391,7 @@ def measure_recipe(name: str, whose: str, rows: Dataset, arguments: argparse.Nam
         recipe = replace(recipe, **changed)
         trainer = build_our_trainer(recipe, settings, rows, arguments.memory)
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        assert trained == SIZES[arguments.size]["trainable"].get(name, trained), trained
+        assert arguments.size != "qwen2-vl-7b" or trained == TRAINABLE[name], trained
     trainer.add_callback(clock)
     trainer.train()
     seconds = np.diff(clock.ends)
@@ -408,7 +488,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processor", required=True, help="folder or hub id of Qwen2-VL's processor")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark"))
-    parser.add_argument("--size", choices=SIZES, default="7b")
+    parser.add_argument("--size", choices=SHAPES, default="qwen2-vl-7b")
     parser.add_argument("--only", nargs="+", default=["r1-llm-only", "r2-vision-only", "r4-joint", "generation"])
     parser.add_argument("--whose", nargs="+", choices=["stock", "plain", "ours"], default=["stock", "ours"])
     parser.add_argument("--steps", type=int, default=14)
@@ -426,16 +506,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-sizes", nargs="*", type=int, default=[32], help="to generate in, besides the chosen")
     parser.add_argument("--epochs", type=int, help="measure whole runs, by parts, in place of a few steps")
     parser.add_argument("--build-only", action="store_true")
+    parser.add_argument("--count", action="store_true", help="only count parameters, of all sizes, without weights")
     return parser
 
 
 def main(argv: list[str] | None = None) -> pd.DataFrame:
     """Command line; see the module's docstring. Returns the table of the recipes."""
     arguments = build_parser().parse_args(argv)
+    if arguments.count:
+        table = count_sizes(Qwen2VLProcessor.from_pretrained(arguments.processor).tokenizer)
+        print(table.map("{:,}".format).to_string())
+        return table
     model_id, data = arguments.output / "model", arguments.output / "dataset"
     if not (model_id / "config.json").exists():
         build_model(model_id, arguments.size, arguments.processor)
-        build_dataset(data, SIZES[arguments.size]["side"], *arguments.images)
+        build_dataset(data, SHAPES[arguments.size].side, *arguments.images)
         release_memory()
     lines, ceiling = [], measure_ceiling()
     for name in [] if arguments.build_only else arguments.only:

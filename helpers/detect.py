@@ -93,12 +93,9 @@ def draw(file: Path, found: Sequence[dict]) -> Image.Image:
     boxes = torch.tensor([labelled["box"] for labelled in found])
     names = [f"{labelled['label']} {labelled['score']:.2f}" for labelled in found]
     size = max(12, max(upright.size) // 50)
-    style = {
-        "colors": PREDICTION_COLOUR,
-        "width": max(2, size // 8),
-        "font": findfont("DejaVu Sans"),
-        "font_size": size,
-    }
+    font = {"font": findfont("DejaVu Sans"), "font_size": size}
+    colours = {"colors": PREDICTION_COLOUR, "label_background_colors": PREDICTION_COLOUR, "label_colors": "white"}
+    style = font | colours | {"fill_labels": True, "width": max(2, size // 8)}
     return to_pil_image(draw_bounding_boxes(pil_to_tensor(upright), boxes, names, **style))
 
 

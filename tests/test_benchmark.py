@@ -2,7 +2,23 @@
 
 import pytest
 
-from helpers.benchmark import main
+from helpers.benchmark import count_sizes, main
+
+COUNTS = {  # parameters, and those that r1, r2 and r4 train, of the models as published
+    "qwen2-vl-2b": [2_208_985_600, 73_859_072, 665_271_296, 110_559_232],
+    "qwen2-vl-7b": [8_291_375_616, 161_480_704, 675_759_104, 198_180_864],
+    "qwen2.5-vl-3b": [3_754_622_976, 119_734_272, 668_684_288, 159_096_832],
+    "qwen2.5-vl-7b": [8_292_166_656, 161_480_704, 676_550_144, 200_843_264],
+    "qwen3-vl-2b": [2_127_532_032, 69_730_304, 406_957_056, 91_750_400],
+    "qwen3-vl-4b": [4_437_815_808, 132_120_576, 415_347_712, 154_140_672],
+    "qwen3-vl-8b": [8_767_123_696, 174_587_904, 576_388_336, 201_406_464],
+}
+
+
+@pytest.mark.slow
+def test_what_each_recipe_trains_of_the_published_models(real_processor):
+    counted = count_sizes(real_processor.tokenizer).T.to_dict("list")
+    assert {name: counted[name] for name in COUNTS} == COUNTS
 
 
 @pytest.mark.slow
