@@ -14,8 +14,8 @@ Pictures without objects are kept. In a metadata.jsonl (huggingface.co/docs/data
 file_name and objects, with bbox and category; what the four numbers are has to be said: xywh or xyxy in pixels, or
 yxyx in 0..1.
 
-The formats are read here and not by a library such as supervision, because those stop at the first malformed
-entry, or drop it without a word; here each is named.
+The formats are read here and not by a library such as supervision: that stops at the first malformed entry, and takes
+boxes outside of their picture or without an area as they are (tried with 0.31); here each is named.
 """
 
 from __future__ import annotations
