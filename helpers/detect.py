@@ -29,6 +29,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 from helpers import generation
+from helpers.data import describe_problem
 from helpers.detection import evaluate_detector
 from helpers.import_dataset import SUFFIXES
 from helpers.plots import PREDICTION_COLOUR
@@ -75,13 +76,18 @@ def find_pictures(places: Sequence[Path]) -> tuple[list[Path], list[str]]:
         below = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
         files += below if place.is_dir() else [place]
     for file in dict.fromkeys(files):
-        try:
-            with Image.open(file) as image:
-                image.verify()
-            pictures.append(file)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            problems.append(f"{file}: it cannot be read as a picture ({type(error).__name__})")
+        problem = describe_file_problem(file)
+        problems += [f"{file}: {problem}"] if problem else []
+        pictures += [] if problem else [file]
     return pictures, problems
+
+
+def describe_file_problem(file: Path) -> str | None:
+    """Why a file cannot be asked about, or None: what keeps a row of a dataset out keeps it out, too."""
+    try:
+        return describe_problem({"image": {"bytes": file.read_bytes(), "path": None}, "objects": {"bbox": []}})
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
 
 
 def draw(file: Path, found: Sequence[dict]) -> Image.Image:

@@ -60,6 +60,7 @@ class Picture:
     split: str | None = None  # None: the source does not say
     size: tuple[int, int] | None = None  # width and height as the source states them
     relative: bool = False
+    group: str = ""  # what pictures that belong together have in common
     problem: str | None = None  # why it cannot be used
 
 
@@ -104,6 +105,10 @@ def load_json(file: Path) -> dict:
     missing = [part for part in parts if not isinstance(content, dict) or not isinstance(content.get(part), list)]
     if missing:
         raise ValueError(f"{file} has no list {', '.join(missing)}: export it as COCO JSON for object detection")
+    if not all(isinstance(entry, dict) for part in parts for entry in content[part]):
+        raise ValueError(f"{file}: images, annotations and categories hold objects in COCO JSON: export it again")
+    if not all({"id", "name"} <= category.keys() for category in content["categories"]):
+        raise ValueError(f"{file}: a category has no id or no name: export it again")
     if not content["images"]:
         raise ValueError(f"{file} lists no picture: export the pictures with their annotations")
     return content
@@ -145,7 +150,7 @@ def read_yolo(folder: Path) -> list[Picture]:
         raise ValueError(f"{file} has no names: list the classes there, `names: [cat, dog]`")
     names = content["names"]
     names = names if isinstance(names, dict) else dict(enumerate(names))
-    root = file.parent / content.get("path", ".")
+    root = file.parent / (content.get("path") or ".")
     listed = {name: content[name] for name in SPLITS if content.get(name)}
     if not listed:
         raise ValueError(f"{file} names no folder of pictures: add `train: images/train`")
@@ -286,7 +291,7 @@ def to_corners(box: Sequence[float], convention: str) -> list[float]:
 
 
 def check(picture: Picture) -> Picture:
-    """The picture with boxes in pixels, or with the problem that keeps it out. Half a pixel outside is clamped."""
+    """The picture with boxes in pixels, or with the problem that keeps it out. Up to a pixel outside is clamped."""
     if picture.problem:
         return picture
     try:
@@ -316,10 +321,10 @@ def describe_box_problem(boxes: np.ndarray, size: tuple[int, int]) -> str | None
         shown = [round(float(v), 1) for v in box]
         if not np.isfinite(box).all():
             return f"box {shown} is not finite"
-        if x2 - x1 <= 0 or y2 - y1 <= 0:
-            return f"box {shown} has no area"
         if min(x1, y1) < -1 or x2 > size[0] + 1 or y2 > size[1] + 1:
             return f"box {shown} is outside of the picture of {size[0]} x {size[1]} pixels"
+        if min(x2, size[0]) <= max(x1, 0) or min(y2, size[1]) <= max(y1, 0):
+            return f"box {shown} has no area"
     return None
 
 
@@ -327,18 +332,18 @@ def describe_box_problem(boxes: np.ndarray, size: tuple[int, int]) -> str | None
 
 
 def split_by_group(pictures: Sequence[Picture], share: float, pattern: str | None, seed: int) -> list[Picture]:
-    """Pictures with a split where the source gives none: about `share` of them, in whole groups, to evaluate on."""
-    groups = [group_of(picture, pattern) for picture in pictures]
-    open_groups = sorted({group for group, picture in zip(groups, pictures, strict=True) if picture.split is None})
+    """Pictures with group and split; where the source gives none, about `share` of them are to evaluate on."""
+    pictures = [replace(picture, group=group_of(picture, pattern)) for picture in pictures]
+    open_groups = sorted({picture.group for picture in pictures if picture.split is None})
     order = np.random.default_rng(seed).permutation(len(open_groups))
-    counts, wanted, held = Counter(groups), share * len(pictures), set()
+    counts, wanted, held = Counter(picture.group for picture in pictures), share * len(pictures), set()
     for number in order:
         if sum(counts[group] for group in held) >= wanted:
             break
         held.add(open_groups[number])
     return [
-        picture if picture.split else replace(picture, split=EVALUATION if group in held else TRAIN)
-        for picture, group in zip(pictures, groups, strict=True)
+        picture if picture.split else replace(picture, split=EVALUATION if picture.group in held else TRAIN)
+        for picture in pictures
     ]
 
 
@@ -352,7 +357,7 @@ def group_of(picture: Picture, pattern: str | None) -> str:
 # Writing
 
 
-def to_row(picture: Picture, labels: Sequence[str], pattern: str | None) -> dict:
+def to_row(picture: Picture, labels: Sequence[str]) -> dict:
     """A picture as a row of the dataset; the file's bytes are kept as they are."""
     (width, height), boxes = picture.size, picture.boxes
     return {
@@ -360,7 +365,7 @@ def to_row(picture: Picture, labels: Sequence[str], pattern: str | None) -> dict
         "image": {"bytes": picture.path.read_bytes(), "path": picture.path.name},
         "width": width,
         "height": height,
-        "meta": {"barcode": group_of(picture, pattern), "off_image_id": "", "image_url": ""},
+        "meta": {"barcode": picture.group, "off_image_id": "", "image_url": ""},
         "objects": {
             "bbox": [[y1 / height, x1 / width, y2 / height, x2 / width] for x1, y1, x2, y2 in boxes],
             "category_id": [labels.index(label) for label in picture.labels],
@@ -369,13 +374,13 @@ def to_row(picture: Picture, labels: Sequence[str], pattern: str | None) -> dict
     }
 
 
-def write_split(file: Path, pictures: Sequence[Picture], labels: Sequence[str], pattern: str | None) -> None:
+def write_split(file: Path, pictures: Sequence[Picture], labels: Sequence[str]) -> None:
     """One Parquet file, a few rows in memory at a time; it gets its name when it is whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".partial")
     with pyarrow.parquet.ParquetWriter(unfinished, FEATURES.arrow_schema) as writer:
         for start in tqdm(range(0, len(pictures), ROWS_AT_ONCE), desc=f"writing {file.name}"):
-            rows = [to_row(picture, labels, pattern) for picture in pictures[start : start + ROWS_AT_ONCE]]
+            rows = [to_row(picture, labels) for picture in pictures[start : start + ROWS_AT_ONCE]]
             writer.write_table(pyarrow.Table.from_pylist(rows, schema=FEATURES.arrow_schema))
     unfinished.replace(file)
 
@@ -431,7 +436,7 @@ def import_dataset(pictures: Sequence[Picture], options: argparse.Namespace) -> 
         raise ValueError(f"{reason}, nothing was written. {report}")
     for split in (TRAIN, EVALUATION):
         rows = [picture for picture in kept if picture.split == split]
-        write_split(options.output / "data" / f"{split}-00000-of-00001.parquet", rows, labels, options.group)
+        write_split(options.output / "data" / f"{split}-00000-of-00001.parquet", rows, labels)
     (options.output / "report.txt").write_text(report + "\n", encoding="utf-8")
     draw_contact_sheet(kept, options.output / "contact_sheet.png")
     return report

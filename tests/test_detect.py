@@ -58,9 +58,11 @@ def test_the_command_writes_coco_results_and_drawings(result, packages, tmp_path
     exif[ExifTags.Base.Orientation] = 6  # to be turned a quarter clockwise for display
     turned.save(folder / "b.jpg", exif=exif, quality=95)
     (folder / "c.jpg").write_text("not an image")
+    (folder / "d.png").write_bytes((folder / "a.png").read_bytes()[:5000])  # cut off
     assert main([str(folder), "--model", str(result), "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert "c.jpg: it cannot be read as a picture" in printed
+    assert "c.jpg: image cannot be decoded (UnidentifiedImageError)" in printed
+    assert "d.png: image cannot be decoded (OSError)" in printed
     described = json.loads((tmp_path / "out/images.json").read_text())
     assert [image["file_name"] for image in described["images"]] == [str(folder / "a.png"), str(folder / "b.jpg")]
     assert [(image["width"], image["height"]) for image in described["images"]] == [p.size for p, _ in packages[:2]]

@@ -231,6 +231,7 @@ def forget_picture(coco):
         (rename, "missing.jpg: there is no such file"),
         (change_annotation(bbox=[-50, 0, 20, 20]), "box [-50.0, 0.0, -30.0, 20.0] is outside of the picture"),
         (change_annotation(bbox=[0, 0, 5000, 20]), "is outside of the picture of"),
+        (change_annotation(bbox=[-0.9, 5, 0.8, 20]), "has no area"),  # none that is in the picture
         (change_annotation(bbox=[5, 5, 0, 20]), "box [5.0, 5.0, 5.0, 25.0] has no area"),
         (change_annotation(bbox=[5, 5, -4, 20]), "has no area"),
         (change_annotation(bbox=[float("nan"), 5, 4, 20]), "bbox [nan, 5, 4, 20] is not [x, y, width, height]"),
@@ -309,6 +310,8 @@ def test_damaged_files_are_named(pictures, tmp_path, capsys):
         ("{", "is not JSON"),
         ("[]", "has no list images, annotations, categories: export it as COCO JSON"),
         ('{"images": [], "annotations": [], "categories": []}', "lists no picture"),
+        ('{"images": [1], "annotations": [], "categories": []}', "hold objects in COCO JSON"),
+        ('{"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1}]}', "a category has no id or no name"),
         (
             '{"images": [{"id": 1, "file_name": "00.jpg"}], "annotations": [], "categories": []}',
             "no picture is left for train",
