@@ -7,8 +7,19 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image, ImageOps
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+
+def box_iou(boxes: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> np.ndarray:
+    """IoU of every box `[x1, y1, x2, y2]` with every other, (boxes, others); each has an area."""
+    first, second = np.reshape(boxes, (-1, 1, 4)), np.reshape(others, (1, -1, 4))
+    sides = np.minimum(first, second)[..., 2:] - np.maximum(first, second)[..., :2]
+    shared = sides.clip(min=0).prod(axis=-1)
+    areas = [(box[..., 2:] - box[..., :2]).prod(axis=-1) for box in (first, second)]
+    return shared / (areas[0] + areas[1] - shared)
+
 
 GRID = 1000  # the largest coordinate of a box on the grid
 Box = Sequence[float]  # [x1, y1, x2, y2]

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-import torch
+import xxhash
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetGenerationError
@@ -201,21 +201,33 @@ def median_box(boxes: pd.DataFrame) -> list[float]:
     return boxes[["x1", "y1", "x2", "y2"]].median().tolist()
 
 
-def to_training_dataset(rows: Dataset, task: Task, flip_probability: float) -> Dataset:
-    """The rows as lazily built `{"image", "messages"}` examples; images are mirrored with `flip_probability`."""
+@dataclass
+class Mirroring:
+    """Whether an image is mirrored: by chance, but always the same in one epoch of a run, also of one that goes on."""
+
+    probability: float = 0.0
+    seed: int = 0
+    epoch: int = 0
+
+    def applies_to(self, image_id: object) -> bool:
+        return xxhash.xxh3_64_intdigest(f"{self.seed} {self.epoch} {image_id}".encode()) < self.probability * 2**64
+
+
+def to_training_dataset(rows: Dataset, task: Task, mirroring: Mirroring) -> Dataset:
+    """The rows as lazily built `{"image", "messages"}` examples."""
 
     def transform(columns: dict[str, list]) -> dict[str, list]:
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        examples = [to_training_example(row, task, flip_probability) for row in rows]
+        examples = [to_training_example(row, task, mirroring.applies_to(row["image_id"])) for row in rows]
         return {key: [example[key] for example in examples] for key in ("image", "messages")}
 
     return rows.with_transform(transform)
 
 
-def to_training_example(row: dict, task: Task, flip_probability: float) -> dict:
-    """One dataset row as image and conversation, mirrored with `flip_probability`."""
+def to_training_example(row: dict, task: Task, mirrored: bool = False) -> dict:
+    """One dataset row as image and conversation."""
     image, boxes, labels = read_row(row)
-    if torch.rand(()) < flip_probability:  # torch's generator is seeded anew in every worker of a data loader
+    if mirrored:
         image, boxes = flip_horizontally(image, boxes)
     return {"image": image, "messages": to_conversation(task, write_answer(image, boxes, labels, task))}
 

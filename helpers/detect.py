@@ -31,7 +31,7 @@ from torchvision.utils import draw_bounding_boxes
 from helpers import generation
 from helpers.data import describe_problem
 from helpers.detection import evaluate_detector
-from helpers.import_dataset import SUFFIXES
+from helpers.import_dataset import LONGEST, SUFFIXES
 from helpers.plots import PREDICTION_COLOUR
 from helpers.runs import write_json
 from helpers.training import load_detector
@@ -85,9 +85,18 @@ def find_pictures(places: Sequence[Path]) -> tuple[list[Path], list[str]]:
 def describe_file_problem(file: Path) -> str | None:
     """Why a file cannot be asked about, or None: what keeps a row of a dataset out keeps it out, too."""
     try:
-        return describe_problem({"image": {"bytes": file.read_bytes(), "path": None}, "objects": {"bbox": []}})
+        problem = describe_problem({"image": {"bytes": file.read_bytes(), "path": None}, "objects": {"bbox": []}})
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
+    return problem or describe_shape_problem(file)
+
+
+def describe_shape_problem(file: Path) -> str | None:
+    """Why a model's processor would refuse a picture, or None."""
+    with Image.open(file) as image:
+        width, height = image.size
+    too_long = max(width, height) > LONGEST * min(width, height)
+    return f"{width} x {height} pixels: one side is more than {LONGEST} times the other" if too_long else None
 
 
 def draw(file: Path, found: Sequence[dict]) -> Image.Image:
@@ -170,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("no picture can be read: give files or folders of pictures")
     try:
         detector = Detector.from_pretrained(options.model, options.max_new_tokens, options.batch_size)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     options.output.mkdir(parents=True, exist_ok=True)
     records = detect_files(detector, pictures, options)

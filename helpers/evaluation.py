@@ -53,6 +53,9 @@ metrics (`null` or n/a: not defined, such as a mean over no true boxes):
 boxes: correct (a hit), shifted (IoU from 0.1 up to --iou), duplicate (its true box is taken), background (the rest);
   missed are true boxes without a correct or shifted one, malformed the pieces that could not be read.
 
+confusions: how often each true label was answered with each label, boxes paired by place alone; "(no box)" where
+  nothing shares that IoU.
+
 policies: merge: labels do not count (default where the truth has one label). multi-class: labels must agree, up to
   case, spaces, `_` and `-` (default where it has several). table-only: of the true boxes those labelled
   nutrition-table, and all predicted ones.
@@ -146,6 +149,8 @@ def print_report(report: dict) -> None:
     print("boxes: " + ", ".join(f"{count} {kind}" for kind, count in report["errors"].items()))
     if report["labels"]:
         print(pd.DataFrame(report["labels"]).T.to_string(float_format="{:.3f}".format))
+        print("true labels (lines), and how they were answered:")
+        print(pd.DataFrame(report["confusions"]).T.to_string())
 
 
 def create_parser() -> argparse.ArgumentParser:

@@ -2,6 +2,8 @@
 
     python -m helpers.export                                     # helpers/<module>.py (a part of `make sync`)
     python -m helpers.export outputs/topics/04_analysis.ipynb    # outputs of executed notebooks (of `make notebook`)
+    python -m helpers.export --keep notebook    # stop where a notebook has an edit that its script lacks; or: script
+    python -m helpers.export --synced           # note that scripts and notebooks say the same; `make` does both
 
 The scripts are the story at the top of the repository and the topics in notebooks/. A code cell that opens with
 `#| export <module>` is printed into `helpers/<module>.py`; the first such cell of a module also says what the module
@@ -43,7 +45,13 @@ RUN_AS_SCRIPT = 'if __name__ == "__main__":\n    main()\n'  # ends a module that
 
 LARGEST_NOTEBOOK = 3_000_000  # bytes; code hosts stop showing notebooks that are much larger
 WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar that only lives beside its kernel
-LASTING_METADATA = ("jupytext", "kernelspec", "lines_to_next_cell", "tags")  # the rest: times, widgets, the machine
+LASTING_METADATA = (
+    "jupytext",
+    "kernelspec",
+    "lines_to_next_cell",
+    "tags",
+    "synced_digest",
+)  # the rest: times, widgets, the machine
 
 CURSOR_UP = "\x1b[A"
 PIECES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x00-\x08\n-\x1f\x7f]+")  # other control characters are left out
@@ -415,6 +423,38 @@ def take_outputs(path: Path, script: Path) -> None:
     print(f"{target.name} has the outputs of {path}")
 
 
+# Edits
+
+
+def cells_digest(notebook: NotebookNode) -> str:
+    """What tells whether a notebook or a script was edited: a hash of its cells."""
+    return hashlib.sha256(json.dumps([[cell.cell_type, cell.source] for cell in notebook.cells]).encode()).hexdigest()
+
+
+def refuse_lost_edit(script: Path, side: str) -> None:
+    """Exit, naming the cell, where `side` ("script" or "notebook") was edited since both said the same."""
+    notebook, printed = nbformat.read(script.with_suffix(".ipynb"), as_version=4), jupytext.read(script)
+    digests = {"script": cells_digest(printed), "notebook": cells_digest(notebook)}
+    if notebook.metadata.get("synced_digest") in (None, digests[side]) or digests["script"] == digests["notebook"]:
+        return
+    pairs = itertools.zip_longest(printed.cells, notebook.cells)
+    number, cells = next(
+        (n, pair) for n, pair in enumerate(pairs, 1) if len({c and (c.cell_type, c.source) for c in pair}) > 1
+    )
+    line = (cells[side == "notebook"] or cells[side == "script"]).source.partition("\n")[0]
+    file = script.with_suffix({"script": ".py", "notebook": ".ipynb"}[side])
+    command = "make from-notebook" if side == "notebook" else "make sync"
+    sys.exit(f"{file.name} has an edit that would be lost, in cell {number} (`{line}`): run `{command}`, or undo it")
+
+
+def note_synced(script: Path) -> None:
+    """Remember in the notebook what both say now."""
+    file = script.with_suffix(".ipynb")
+    notebook = nbformat.read(file, as_version=4)
+    notebook.metadata["synced_digest"] = cells_digest(notebook)
+    file.write_text(jupytext.writes(notebook, fmt="ipynb") + "\n")
+
+
 def find_script(executed: Path, scripts: Sequence[Path]) -> Path:
     """The script that an executed notebook is called after."""
     by_stem = {script.stem: script for script in scripts}
@@ -426,10 +466,16 @@ def find_script(executed: Path, scripts: Sequence[Path]) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("executed", nargs="*", type=Path, help="notebooks that papermill executed: take their outputs")
+    parser.add_argument("--keep", choices=["script", "notebook"], help="stop where this side has an edit of its own")
+    parser.add_argument("--synced", action="store_true", help="note that both sides say the same")
     arguments = parser.parse_args()
     for executed in arguments.executed:
         take_outputs(executed, find_script(executed, SCRIPTS))
-    if not arguments.executed:
+    for script in SCRIPTS if arguments.keep else []:
+        refuse_lost_edit(script, arguments.keep)
+    for script in SCRIPTS if arguments.synced else []:
+        note_synced(script)
+    if not (arguments.executed or arguments.keep or arguments.synced):
         write_modules(SCRIPTS, PACKAGE)
 
 

@@ -5,14 +5,17 @@
     python -m helpers.import_dataset --yolo FOLDER --output FOLDER      # data.yaml, images/, labels/
     python -m helpers.import_dataset --voc FOLDER --output FOLDER       # Annotations/, JPEGImages/, ImageSets/Main/
     python -m helpers.import_dataset --imagefolder FOLDER --boxes xywh --output FOLDER      # metadata.jsonl
+    python -m helpers.import_dataset --hub ID --boxes xywh --output FOLDER [--limit 1000]   # columns image, objects
 
 OUTPUT gets data/train-….parquet and data/val-….parquet, report.txt (what was kept, and every picture that was left out
 with its reason), and contact_sheet.png: look at it before you train. Where the source has no split, --validation names
 the share of pictures that is held back for the evaluation, whole groups at a time: pictures with the same content are
 one group, and so are those whose names agree in the first parenthesis of --group, such as '(.*)_\\d+'.
 Pictures without objects are kept. In a metadata.jsonl (huggingface.co/docs/datasets/image_dataset) a line has
-file_name and objects, with bbox and category; what the four numbers are has to be said: xywh or xyxy in pixels, or
-yxyx in 0..1.
+file_name and objects, with bbox and category; a dataset of the hub (or a folder that `load_dataset` reads) has the
+columns image and objects, and is streamed: --limit reads that many rows of each split, and no more. What the four
+numbers of a bbox are has to be said: xywh or xyxy in pixels, or yxyx in 0..1. A split `test` is what to evaluate on
+where there is no `val`; where there is one it is passed over, which is said.
 
 The formats are read here and not by a library such as supervision: that stops at the first malformed entry, and takes
 boxes outside of their picture or without an area as they are (tried with 0.31); here each is named.
@@ -25,10 +28,11 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -38,16 +42,23 @@ import pyarrow
 import pyarrow.parquet
 import xxhash
 import yaml
+from datasets import ClassLabel, Features, load_dataset
+from datasets import Image as ImageFeature
+from datasets.utils.file_utils import xopen
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
 from helpers.plots import plot_images
+from helpers.runs import write_json
 from helpers.tiny.packages import FEATURES
 
 TRAIN, EVALUATION = "train", "val"
 SPLITS = {"train": TRAIN, "trainval": TRAIN, "val": EVALUATION, "valid": EVALUATION, "validation": EVALUATION}
+NAMES = {**SPLITS, "test": EVALUATION}
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 ROWS_AT_ONCE = 64
+LONGEST = 199  # of the longer side to the shorter one; from 200 on Qwen's processors raise an error
+STREAMED = ".streamed"  # pictures of a hub dataset on their way into the output
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,16 @@ class Picture:
     relative: bool = False
     group: str = ""  # what pictures that belong together have in common
     problem: str | None = None  # why it cannot be used
+
+
+def choose_splits(names: Iterable[str]) -> dict[str, str]:
+    """The splits of a source that are read, and what each is for; `test` is only where there is nothing else."""
+    chosen = {name: SPLITS[name] for name in names if name in SPLITS}
+    if EVALUATION not in chosen.values() and "test" in names:
+        chosen["test"] = EVALUATION
+    for name in sorted(set(names) - chosen.keys()):
+        print(f"split {name!r} is passed over")
+    return chosen
 
 
 # COCO
@@ -86,11 +107,17 @@ def read_coco_file(file: Path, images: Path, split: str | None) -> Iterator[Pict
     for image_id in boxes.keys() - known.keys():
         yield Picture(file, problem=f"annotations of picture {image_id!r}, which is not listed under images")
     for entry in content["images"]:
-        picture = Picture(images / str(entry.get("file_name")), split=split)
+        picture = Picture(find_picture(str(entry.get("file_name")), images, file), split=split)
         if known[entry.get("id")] > 1:
             yield replace(picture, problem=f"the id {entry.get('id')!r} belongs to {known[entry['id']]} pictures")
         else:
             yield add_coco_boxes(picture, entry, boxes.get(entry.get("id"), []), names)
+
+
+def find_picture(name: str, images: Path, file: Path) -> Path:
+    """A picture below `images`, or in `train2017` there for `instances_train2017.json`, or beside its annotations."""
+    places = [images / name, images / "images" / name, images / file.stem.removeprefix("instances_") / name]
+    return next((path for path in [*places, file.parent / name] if path.is_file()), places[0])
 
 
 def load_json(file: Path) -> dict:
@@ -151,17 +178,24 @@ def read_yolo(folder: Path) -> list[Picture]:
     names = content["names"]
     names = names if isinstance(names, dict) else dict(enumerate(names))
     root = file.parent / (content.get("path") or ".")
-    listed = {name: content[name] for name in SPLITS if content.get(name)}
+    listed = {name: content[name] for name in NAMES if content.get(name)}
     if not listed:
         raise ValueError(f"{file} names no folder of pictures: add `train: images/train`")
-    splits = {SPLITS[name] for name in listed}
+    splits = choose_splits(listed)
     found = [
-        read_yolo_picture(path, {int(n): str(label) for n, label in names.items()}, SPLITS[name])
-        for name, places in listed.items()
-        for place in ([places] if isinstance(places, str) else places)
+        read_yolo_picture(path, {int(n): str(label) for n, label in names.items()}, split)
+        for name, split in splits.items()
+        for place in ([listed[name]] if isinstance(listed[name], str) else listed[name])
         for path in list_pictures(find_place(root, file.parent, place), file)
     ]
-    return found if len(splits) > 1 else [replace(picture, split=None) for picture in found]
+    return keep_splits(found)
+
+
+def keep_splits(pictures: Sequence[Picture]) -> list[Picture]:
+    """The pictures with their splits, if the source has more than one of them."""
+    if len({picture.split for picture in pictures} - {None}) > 1:
+        return list(pictures)
+    return [replace(picture, split=None) for picture in pictures]
 
 
 def find_place(root: Path, beside: Path, place: str) -> Path:
@@ -208,14 +242,16 @@ def read_voc(folder: Path) -> list[Picture]:
     files = sorted((folder / "Annotations").glob("*.xml")) or sorted(folder.glob("*.xml"))
     if not files:
         raise ValueError(f"{folder} holds no Annotations/*.xml: give --voc a folder in the layout of Pascal VOC")
-    lists = {name: folder / "ImageSets/Main" / f"{name}.txt" for name in ("train", "val")}
-    split_of = {
-        stem: SPLITS[name]
+    lists = {name: folder / "ImageSets/Main" / f"{name}.txt" for name in ("train", "val", "test")}
+    stems = {
+        name: [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
         for name, file in lists.items()
         if file.is_file()
-        for stem in (line.split()[0] for line in file.read_text().splitlines() if line.strip())
     }
-    return [read_voc_picture(file, folder, split_of.get(file.stem)) for file in files]
+    splits = choose_splits(stems)
+    split_of = {stem: split for name, split in splits.items() for stem in stems[name]}
+    passed_over = {stem for name in stems.keys() - splits.keys() for stem in stems[name]} - split_of.keys()
+    return [read_voc_picture(file, folder, split_of.get(file.stem)) for file in files if file.stem not in passed_over]
 
 
 def read_voc_picture(file: Path, folder: Path, split: str | None) -> Picture:
@@ -260,31 +296,87 @@ def read_imagefolder(folder: Path, convention: str) -> list[Picture]:
     ]
     if not found:
         raise ValueError(f"{folder} holds no metadata.jsonl with lines: give --imagefolder a folder that has one")
-    splits = {picture.split for picture in found} - {None}
-    return found if len(splits) > 1 else [replace(picture, split=None) for picture in found]
+    return keep_splits(found)
 
 
 def read_metadata_line(text: str, place: str, folder: Path, convention: str) -> Picture:
     """One line of metadata.jsonl."""
     try:
         line = json.loads(text)
-        picture = Picture(folder / line["file_name"], split=SPLITS.get(folder.name), relative=convention == "yxyx")
-        objects = line.get("objects") or {"bbox": []}
-        boxes, labels = objects["bbox"], next((objects[name] for name in LABEL_NAMES if name in objects), [])
+        picture = Picture(folder / line["file_name"], split=NAMES.get(folder.name))
+        return add_objects(picture, line.get("objects") or {"bbox": []}, place, convention)
     except (ValueError, KeyError, TypeError) as error:
         return Picture(Path(place), problem=f"not an object with file_name and objects ({type(error).__name__})")
+
+
+def add_objects(picture: Picture, objects: dict[str, list], place: str, convention: str) -> Picture:
+    """The picture with the boxes and labels of `objects`. Raises KeyError or TypeError where it has none of these."""
+    boxes, labels = objects["bbox"], next((objects[name] for name in LABEL_NAMES if name in objects), [])
     wrong = [box for box in boxes if not is_numbers(box, 4)]
     if wrong or len(labels) != len(boxes):
         return replace(
             picture, problem=f"{place}: {len(boxes)} boxes, {len(labels)} labels, not four numbers: {wrong}"
         )
-    return replace(picture, boxes=[to_corners(box, convention) for box in boxes], labels=[*map(str, labels)])
+    corners = [to_corners(box, convention) for box in boxes]
+    return replace(picture, boxes=corners, labels=[*map(str, labels)], relative=convention == "yxyx")
 
 
 def to_corners(box: Sequence[float], convention: str) -> list[float]:
     """A box in one of CONVENTIONS as `[x1, y1, x2, y2]`, in the same units."""
     a, b, c, d = box
     return {"xywh": [a, b, a + c, b + d], "xyxy": [a, b, c, d], "yxyx": [b, a, d, c]}[convention]
+
+
+# Datasets of the hub
+
+
+def read_hub(dataset_id: str, convention: str, limit: int | None, folder: Path) -> list[Picture]:
+    """Stream the rows of a dataset; each picture is saved into `folder`. Raises ValueError."""
+    try:
+        dataset = load_dataset(dataset_id, streaming=True)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"--hub {dataset_id} is neither a folder nor, as far as the network tells, a dataset"
+        ) from error
+    found = []
+    for name, split in choose_splits(dataset).items():
+        rows = dataset[name].take(limit) if limit else dataset[name]
+        if not {"image", "objects"} <= set(rows.column_names or next(iter(rows))):
+            raise ValueError(f"--hub {dataset_id} has no columns image and objects, but {rows.column_names}")
+        encoded, names = rows.cast_column("image", ImageFeature(decode=False)), list_names(rows.features)
+        for number, row in enumerate(tqdm(encoded, desc=f"reading {name}", unit="picture")):
+            found.append(save_row(row, folder / f"{name}-{number:06d}", names, convention, split))
+    return keep_splits(found)
+
+
+def list_names(features: Features | None) -> list[str] | None:
+    """The names behind the numbers of a column of classes; None where labels are words."""
+    objects = features["objects"] if features else {}
+    parts = getattr(objects, "feature", objects)  # a list of objects, or an object of lists
+    kinds = [getattr(parts.get(name), "feature", parts.get(name)) for name in LABEL_NAMES]
+    return next((kind.names for kind in kinds if isinstance(kind, ClassLabel)), None)
+
+
+def save_row(row: dict, file: Path, names: list[str] | None, convention: str, split: str) -> Picture:
+    """Write the picture of a row to a file, and describe it."""
+    objects = row["objects"]
+    if isinstance(objects, list):
+        objects = {key: [entry[key] for entry in objects] for key in objects[0]} if objects else {"bbox": []}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.write_bytes(read_bytes(row["image"]))
+        picture = add_objects(Picture(file, split=split), objects, file.name, convention)
+    except (KeyError, TypeError) as error:
+        return Picture(file, problem=f"no image, or objects without bbox and labels ({type(error).__name__})")
+    return replace(picture, labels=[names[int(label)] for label in picture.labels]) if names else picture
+
+
+def read_bytes(encoded: dict) -> bytes:
+    """The content of an undecoded image, in the row or in a file of the dataset's repository."""
+    if encoded["bytes"]:
+        return encoded["bytes"]
+    with xopen(encoded["path"], "rb") as file:
+        return file.read()
 
 
 # Checking
@@ -303,6 +395,8 @@ def check(picture: Picture) -> Picture:
         return replace(picture, problem="there is no such file")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return replace(picture, problem=f"the picture cannot be decoded ({type(error).__name__})")
+    if max(stored) > LONGEST * min(stored):
+        return replace(picture, problem=f"one side of {stored} pixels is more than {LONGEST} times the other")
     size = stored[::-1] if orientation >= 5 else stored
     if picture.size not in (None, size):
         turned = " as stored; it is turned by its EXIF orientation: save it upright" if picture.size == stored else ""
@@ -448,7 +542,53 @@ def read_source(options: argparse.Namespace) -> list[Picture]:
         return read_coco(options.coco, options.images)
     if options.imagefolder:
         return read_imagefolder(options.imagefolder, options.boxes)
+    if options.hub:
+        return read_hub(options.hub, options.boxes, options.limit, options.output / STREAMED)
     return read_yolo(options.yolo) if options.yolo else read_voc(options.voc)
+
+
+def prepare_dataset(dataset_id: str, output: Path) -> str:
+    """`dataset_id`, or for a folder in the layout of YOLO, COCO or Pascal VOC the dataset it becomes in `output`.
+
+    What it became there once is taken again. Raises ValueError, also where `output` was made from something else.
+    """
+    folder = Path(dataset_id)
+    source = ["--yolo", dataset_id] if (folder / "data.yaml").is_file() else []
+    source = source or (["--voc", dataset_id] if (folder / "Annotations").is_dir() else [])
+    source = source or list_annotations(folder)
+    if not source:
+        return dataset_id
+    made, now = output / "source.json", describe_folder(folder)
+    if not output.exists():
+        options = build_parser().parse_args([*source, "--output", str(output)])
+        print(import_dataset(read_source(options), options))
+        write_json(made, now)
+    if not made.exists() or json.loads(made.read_text()) != now:
+        raise ValueError(f"{output} is not what {folder} is now (other files, or an interrupted import): delete it")
+    return str(output)
+
+
+def describe_folder(folder: Path) -> dict:
+    """Where a folder is, and a hash of the names, sizes and times of its files."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    about = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return {"folder": str(folder.resolve()), "hash": xxhash.xxh3_64_hexdigest(json.dumps(about).encode())}
+
+
+def list_annotations(folder: Path) -> list[str]:
+    """The options for a folder with COCO's annotation files, `*train*.json` and `*val*.json` or one alone.
+
+    Raises ValueError for several that cannot be told apart.
+    """
+    found = [*folder.glob("annotations/*.json"), *folder.glob("*/_annotations.coco.json"), *folder.glob("*.coco.json")]
+    found = [file for file in sorted(found) if file.stem.startswith("instances")] or sorted(found)
+    words = re.compile(rf"(?<![a-z])({'|'.join(sorted(NAMES, key=len, reverse=True))})(?![a-z])")
+    by_split = {match[1]: file for file in found if (match := words.search(str(file.relative_to(folder))))}
+    splits = {split: by_split[name] for name, split in choose_splits(by_split).items()}
+    files = [splits[name] for name in (TRAIN, EVALUATION) if name in splits] or found
+    if len(files) > 1 and not splits:
+        raise ValueError(f"{folder} holds several annotation files: import them with --coco TRAIN.json VAL.json")
+    return ["--coco", *map(str, files), "--images", str(folder)] if files else []
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -459,7 +599,9 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--yolo", type=Path, metavar="FOLDER", help="a folder with data.yaml, or that file")
     source.add_argument("--voc", type=Path, metavar="FOLDER", help="a folder with Annotations/*.xml")
     source.add_argument("--imagefolder", type=Path, metavar="FOLDER", help="a folder with metadata.jsonl")
-    parser.add_argument("--boxes", choices=CONVENTIONS, help="what bbox holds in a metadata.jsonl")
+    source.add_argument("--hub", metavar="ID", help="a dataset with the columns image and objects, or its folder")
+    parser.add_argument("--boxes", choices=CONVENTIONS, help="what bbox holds in a metadata.jsonl, or on the hub")
+    parser.add_argument("--limit", type=int, metavar="ROWS", help="with --hub: of each split, in its order")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="what file_name of a COCO file is relative to")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="must not hold a dataset yet")
     parser.add_argument("--validation", type=float, default=0.2, help="share to evaluate on, where no split is given")
@@ -472,8 +614,10 @@ def describe_option_problem(options: argparse.Namespace) -> str | None:
     """What is wrong with the options, or None."""
     if options.coco and not options.images:
         return "--coco needs --images FOLDER, the folder that holds the pictures"
-    if options.imagefolder and not options.boxes:
-        return f"--imagefolder needs --boxes, one of {', '.join(CONVENTIONS)}: what the numbers of bbox are"
+    if (options.imagefolder or options.hub) and not options.boxes:
+        return f"say what the numbers of bbox are: --boxes {', '.join(CONVENTIONS[:-1])} or {CONVENTIONS[-1]}"
+    if options.limit is not None and (options.limit < 2 or not options.hub):
+        return f"--limit {options.limit}: it belongs to --hub, and is at least 2"
     if options.coco and len(options.coco) > 2:
         return "--coco takes one file, or one to train on and one to evaluate on"
     if not 0 < options.validation < 1:
@@ -497,6 +641,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = import_dataset(read_source(options), options)
     except ValueError as error:
         parser.error(str(error))
+    finally:
+        shutil.rmtree(options.output / STREAMED, ignore_errors=True)
     print(f"{report}\nLook at {options.output / 'contact_sheet.png'}, then train with DATASET_ID={options.output}")
     return 0
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy.optimize import linear_sum_assignment
-from torchvision.ops import box_iou
+
+from helpers.boxes import box_iou
 
 
 def boxes_of(record: dict, side: str) -> list[list[float]]:
@@ -20,10 +20,9 @@ def boxes_of(record: dict, side: str) -> list[list[float]]:
 
 def compute_ious(truth: Sequence[dict], prediction: Sequence[dict]) -> np.ndarray:
     """IoU of every true with every predicted box, (true, predicted); 0 where a `category_id` of the two differs."""
-    boxes = [torch.tensor([labelled["box"] for labelled in side], dtype=torch.float64) for side in (truth, prediction)]
-    ious = box_iou(boxes[0].reshape(-1, 4), boxes[1].reshape(-1, 4)).numpy()
+    ious = box_iou(*([labelled["box"] for labelled in side] for side in (truth, prediction)))
     same = [[t.get("category_id") == p.get("category_id") for p in prediction] for t in truth]
-    return ious * np.array(same, dtype=bool).reshape(ious.shape)
+    return ious * np.reshape(same, ious.shape)
 
 
 def assign_boxes(ious: np.ndarray, threshold: float = 0.0) -> tuple[np.ndarray, np.ndarray]:

@@ -4,9 +4,9 @@ Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `m
 """
 
 import math
-import textwrap
 from collections.abc import Iterable, Sequence
 from io import BytesIO
+from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,7 +18,7 @@ from PIL import Image
 
 from helpers.generation import Answer
 from helpers.metrics import bootstrap_intervals, compare_records
-from helpers.recipes import BITS, CATALOGUE, TrainingRecipe
+from helpers.recipes import CATALOGUE
 from helpers.runs import RunFolder
 
 BLUE = "#4575b4"
@@ -28,17 +28,17 @@ TRUTH_COLOUR = "#1a9850"
 PREDICTION_COLOUR = "#d73027"
 
 
-def plot_road(road: str, per_row: int = 5) -> plt.Figure:
-    """A text of steps, `NAME: what it hands on; NAME: ...`, drawn from left to right in rows."""
-    steps = [step.split(": ") for step in road.split("; ")]
-    figure, axes = plt.subplots(figsize=(13, 1.3 * math.ceil(len(steps) / per_row)), layout="constrained")
-    style = {"boxstyle": "round,pad=0.6", "fc": LIGHT, "ec": BLUE}
-    for number, (name, words) in enumerate(steps):
-        y, x = -(number // per_row), number % per_row
-        axes.text(x, y, f"{name}\n{textwrap.fill(words, 24)}", ha="center", va="center", fontsize=9, bbox=style)
-        if x:
-            axes.annotate("", (x - 0.38, y), (x - 0.62, y), arrowprops={"arrowstyle": "-|>"})
-    axes.set(xlim=(-0.5, per_row - 0.5), ylim=(y - 0.5, 0.5))
+def plot_steps(rows: Sequence[Sequence[str]]) -> plt.Figure:
+    """Rows of texts in boxes, joined by arrows from left to right."""
+    figure, axes = plt.subplots(figsize=(13, 1.2 * len(rows)), layout="constrained")
+    style = {"ha": "center", "va": "center", "fontsize": 9}
+    style["bbox"] = {"boxstyle": "round,pad=0.6", "fc": LIGHT, "ec": BLUE}
+    for y, texts in enumerate(rows):
+        drawn = [axes.text(x, -y, text, **style) for x, text in enumerate(texts)]
+        for x, patches in enumerate(pairwise(text.get_bbox_patch() for text in drawn)):
+            ends = dict(zip(("patchA", "patchB"), patches, strict=True))
+            axes.annotate("", (x + 1, -y), (x, -y), arrowprops={"arrowstyle": "-|>"} | ends)
+    axes.set(xlim=(-0.5, max(map(len, rows)) - 0.5), ylim=(0.5 - len(rows), 0.5))
     axes.axis("off")
     return figure
 
@@ -89,40 +89,6 @@ def plot_prior(boxes: pd.DataFrame, median: Sequence[float]) -> plt.Figure:
         right.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fc=BLUE, alpha=0.01))
     draw_boxes(right, [median], PREDICTION_COLOUR, "-")
     right.set(xlabel="x / width", ylabel="y / height", title="Place; red: always this", xlim=(0, 1), ylim=(1, 0))
-    return figure
-
-
-def plot_lora() -> plt.Figure:
-    """A linear layer as LoRA trains it: a frozen matrix of 4-bit weights beside two thin trained ones."""
-    figure, axes = plt.subplots(figsize=(10, 2.8), layout="constrained")
-    axes.add_patch(Rectangle((2, 1.3), 2, 2, fc=LIGHT, ec=BLUE, hatch="...."))
-    for corner, width, height in [((2, 0.2), 2, 0.4), ((5, -0.6), 0.4, 2)]:
-        axes.add_patch(Rectangle(corner, width, height, fc=ORANGE, ec="black"))
-    texts = {(0.5, 1.4): "x", (3, 2.3): "W: out x in\nfrozen, 4 bits", (3, 0.4): "A: rank x in", (7.5, 1.4): "+",
-             (6.2, -0.4): "B: out x rank", (9.6, 1.4): "y = W x + (alpha / rank) B A x"}  # fmt: skip
-    for (x, y), text in texts.items():
-        axes.text(x, y, text, ha="center", va="center", fontsize=10, bbox={"fc": "white", "ec": "none", "pad": 2})
-    arrows = [((0.7, 1.5), (1.9, 2.3)), ((0.7, 1.3), (1.9, 0.4)), ((4.1, 0.4), (4.9, 0.4)),
-              ((4.1, 2.3), (7.3, 1.6)), ((5.5, 0.5), (7.35, 1.25)), ((7.7, 1.4), (8.1, 1.4))]  # fmt: skip
-    for start, end in arrows:
-        axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>"})
-    axes.set(xlim=(0, 11.3), ylim=(-0.8, 3.5))
-    axes.axis("off")
-    return figure
-
-
-def plot_recipes(recipes: dict[str, TrainingRecipe]) -> plt.Figure:
-    """What each recipe trains, a line a stage: orange is trained whole, light orange is LoRA, grey is frozen."""
-    stages = [(name, recipes[stage]) for name, recipe in recipes.items() for stage in recipe.stages or [name]]
-    looks = {"frozen": ("frozen", "#eeeeee"), "lora": ("frozen + LoRA", "#f9d3a8"), "full": ("all trained", ORANGE)}
-    cells = [[(s.train_vision, 16), (s.train_llm, BITS[s.precision])] for _, s in stages]
-    texts = [[f"{looks[mode][0]}, {bits} bits" for mode, bits in row] for row in cells]
-    colours = [[looks[mode][1] for mode, _ in row] for row in cells]
-    names = [name if name == step.name else f"{name}: {step.name[:2]}" for name, step in stages]
-    columns = ["vision tower", "language model"]
-    figure, axes = plt.subplots(figsize=(8, 0.5 * len(stages) + 0.6), layout="constrained")
-    axes.table(texts, colours, rowLabels=names, colLabels=columns, cellLoc="center", loc="center").scale(1, 2)
-    axes.axis("off")
     return figure
 
 

@@ -73,7 +73,7 @@ def merge(run: RunFolder, settings: SimpleNamespace, target: Path) -> dict:
 def upload(folder: Path, repo_id: str) -> None:
     """Upload a folder to the hub as a private repository; `hf auth login` first."""
     HfApi().create_repo(repo_id, private=True, exist_ok=True)
-    HfApi().upload_folder(repo_id=repo_id, folder_path=folder)
+    HfApi().upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=["lock", "*.log", "checkpoint-*"])
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,6 +14,14 @@ import pandas as pd
 from helpers.conversation import Task
 from helpers.metrics import bootstrap_intervals, summarize
 
+LORA = ["lora_target_modules", "lora_rank", "lora_alpha"]
+TASK = [part.name for part in fields(Task)]
+DECISIVE = ["train_vision", "precision", *LORA, "learning_rate", "collator", *TASK, "schedule", "rows", "base_hash"]
+
+
+class OtherRunError(ValueError):
+    """A folder holds a run that was made otherwise."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -25,6 +33,23 @@ class RunFolder:
     def is_trained(self) -> bool:
         """Whether a training has ended here."""
         return (self.path / "recipe.json").exists()
+
+    def read_state(self) -> dict:
+        """`run.json`, what was begun here; of older runs `recipe.json`, and empty where there is neither."""
+        file = next((file for name in ("run", "recipe") if (file := self.path / f"{name}.json").exists()), None)
+        return json.loads(file.read_text()) if file else {}
+
+    def begin(self, description: dict) -> None:
+        """Note what is to be trained here. Raises OtherRunError with the differences where it is something else."""
+        known, wanted = self.read_state(), json.loads(json.dumps(description))
+        others = [name for name in DECISIVE if known and known.get(name) != wanted[name]]
+        if others:
+            different = "; ".join(f"{name} was {known.get(name)!r}, is {wanted[name]!r}" for name in others)
+            remedy = "To keep it set another OUTPUT_DIR; to replace it delete it, or all recipes' with AGAIN=True"
+            raise OtherRunError(f"{self.path} holds another run: {different}. {remedy}.")
+        if not self.is_trained:
+            (self.path / "metrics.json").unlink(missing_ok=True)  # of an older training
+            write_json(self.path / "run.json", wanted)
 
     def read_recipe(self) -> dict:
         """`recipe.json`: the recipe's fields, what it started from, task, settings and versions."""
@@ -44,9 +69,13 @@ class RunFolder:
         """The lines of `predictions.jsonl`."""
         return [json.loads(line) for line in (self.path / "predictions.jsonl").read_text().splitlines()]
 
-    def write_records(self, records: Sequence[dict]) -> dict:
-        """Write `predictions.jsonl`, and `metrics.json` with metrics and intervals, which are returned."""
-        metrics = summarize(records) | {"iou_threshold": 0.5, "intervals": bootstrap_intervals(records)}
+    def write_records(self, records: Sequence[dict], about: dict | None = None) -> dict:
+        """Write `predictions.jsonl`, and `metrics.json` with metrics, intervals and what they are about: returned."""
+        metrics = summarize(records) | {
+            "iou_threshold": 0.5,
+            "intervals": bootstrap_intervals(records),
+            "about": about,
+        }
         lines = "".join(json.dumps(record) + "\n" for record in records)
         write_file(self.path / "predictions.jsonl", lines.encode())
         write_json(self.path / "metrics.json", metrics)
@@ -72,6 +101,6 @@ def save_comparison(output_dir: Path) -> dict[str, dict[str, float | None]]:
     runs.sort(key=lambda path: RunFolder(path).is_trained)
     comparison = {path.name: json.loads((path / "metrics.json").read_text()) for path in runs}
     for metrics in comparison.values():
-        del metrics["intervals"]
+        del metrics["intervals"], metrics["about"]
     write_json(output_dir / "comparison.json", comparison)
     return comparison

@@ -42,12 +42,15 @@ def count_activations(model: PreTrainedModel, recipe: TrainingRecipe, checkpoint
     block = model.model.visual.blocks[0]
     vision_width = block.attn.qkv.in_features
     inner = max(layer.out_features for layer in block.mlp.modules() if isinstance(layer, torch.nn.Linear))
-    towers = [(tokens, text.hidden_size, text.intermediate_size, text.num_hidden_layers, recipe.train_llm != "frozen")]
+    attention = model.model.language_model.layers[0].self_attn  # in Qwen3 queries and keys are normalised
+    queries = attention.q_proj.out_features if "q_norm" in dict(attention.named_children()) else 0
+    sizes = text.hidden_size, text.intermediate_size, queries, text.num_hidden_layers
+    towers = [(tokens, *sizes, recipe.train_llm != "frozen")]
     if recipe.train_vision != "frozen":
-        towers.append((patches, vision_width, inner, vision.depth, True))
+        towers.append((patches, vision_width, inner, 0, vision.depth, True))
     total, largest = 0.0, 0.0
-    for count, width, inner, depth, is_trained in towers:
-        layer = count * (6 * width + 3.6 * inner if is_trained else 4 * width + 2.5 * inner)
+    for count, width, inner, queries, depth, is_trained in towers:
+        layer = count * (3.5 * queries + (6 * width + 3.6 * inner if is_trained else 4 * width + 2.5 * inner))
         total += depth * (count * width if checkpointing else layer)
         largest = max(largest, layer)
     return total + 3 * largest if checkpointing else total
@@ -178,14 +181,21 @@ PACKED = "packed_sdpa_not_flash"  # transformers hands the lengths of the images
 
 
 def attend_images(module, query, key, value, attention_mask=None, cu_seq_lens_q=None, max_length_q=None, **options):
-    """Attention within each of several packed images, (1, heads, patches, width); images of equal size at once."""
-    images, packed = len(cu_seq_lens_q) - 1, (query, key, value)
+    """Attention within each of several packed images or windows, (1, heads, patches, width); all of them at once."""
+    images, places, packed = (
+        len(cu_seq_lens_q) - 1,
+        torch.arange(query.shape[2], device=query.device),
+        (query, key, value),
+    )
     if images * max_length_q == query.shape[2]:  # the mean length is the largest: all are equal
         stacked = [tensor[0].unflatten(1, (images, max_length_q)).transpose(0, 1) for tensor in packed]
         return scaled_dot_product_attention(*stacked).transpose(1, 2).flatten(0, 1)[None], None
-    lengths = cu_seq_lens_q.diff().tolist()
-    parts = zip(*(tensor.split(lengths, dim=2) for tensor in packed), strict=True)
-    return torch.cat([scaled_dot_product_attention(*part).transpose(1, 2) for part in parts], dim=1), None
+    starts, ends = cu_seq_lens_q[:-1, None], cu_seq_lens_q[1:, None]
+    filled = starts + torch.arange(8 * math.ceil(max_length_q / 8), device=query.device)  # (images, longest)
+    stacked = [tensor[0][:, filled.clamp(max=len(places) - 1)].transpose(0, 1) for tensor in packed]
+    attended = scaled_dot_product_attention(*stacked, (filled < ends)[:, None, None]).transpose(1, 2)
+    image = torch.bucketize(places, ends.flatten(), right=True)
+    return attended[image, places - starts.flatten()[image]][None], None
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:

@@ -8,24 +8,29 @@
     torchrun --nproc-per-node 2 -m helpers.train_recipe --recipe r4-joint     # data parallel, a process for each GPU
 
 A recipe leaves in OUTPUT_DIR/RECIPE what it leaves when the notebook runs it: weights, processor, training log,
-metrics.json, predictions.jsonl; OUTPUT_DIR/comparison.json gathers the metrics. Where there are several, what they
+metrics.json, predictions.jsonl; OUTPUT_DIR/comparison.json gathers the metrics. --dataset-id may point at a folder in
+the layout of YOLO (data.yaml), COCO (annotations/*train*.json, *val*.json) or Pascal VOC (Annotations/): it becomes a
+dataset in OUTPUT_DIR/dataset first. Where there are several, what they
 print goes to OUTPUT_DIR/RECIPE/train.log, and the exit code is 1 if one of them failed; the others still run. What
-was interrupted goes on from its last checkpoint when the same command is given again.
+was interrupted goes on from its last checkpoint when the same command is given again (without --again).
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import ctypes
 import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +44,10 @@ NOTEBOOK = Path(__file__).resolve().parents[1] / "fine_tuning_vlm_for_object_det
 NOTEBOOK_ONLY = ("RECIPES", "COLLATOR_STEPS", "PUSH_TO_HUB")  # settings that mean nothing here
 TYPES = {"NUM_EPOCHS": float, "OUTPUT_DIR": Path, "COMPILE": bool, "GRADIENT_CHECKPOINTING": bool}
 TYPES |= dict.fromkeys(["LABELS", "SYSTEM_MESSAGE", "QUESTION", "PRECISION"], str)  # whose default does not tell
+
+
+class UsageError(Exception):
+    """What was asked for cannot be meant; its text says why, and what to do."""
 
 
 # The command line
@@ -96,6 +105,10 @@ def parse(
     options.recipe = list(dict.fromkeys(settings["RECIPES"][0] if "all" in options.recipe else options.recipe))
     if len(options.recipe) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
         raise ValueError("torchrun trains one recipe on all its GPUs: give --recipe one name, or leave torchrun out")
+    if options.again and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ValueError(
+            "--again deletes a folder, which torchrun's processes share: delete it, and leave --again out"
+        )
     if len(options.recipe) > 1 and options.checkpoint:
         raise ValueError("--checkpoint belongs to one recipe: give --recipe one name, or leave --checkpoint out")
     return options
@@ -162,8 +175,16 @@ def start(recipe: str, gpu: str | None, argv: Sequence[str], output_dir: Path) -
             stdout=file,
             stderr=subprocess.STDOUT,
             env=os.environ | {"PYTHONUNBUFFERED": "1"},  # its lines and progress bars in the order they were written
+            preexec_fn=end_with_parent,
         )
     return Child(recipe, gpu, log, process)
+
+
+def end_with_parent() -> None:
+    """Let the kernel end this process when the one that started it dies, however it dies (Linux)."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def describe_start(child: Child) -> str:
@@ -204,6 +225,25 @@ def launch(recipes: Sequence[str], gpus: Sequence[str | None], argv: Sequence[st
 # One recipe: in this process
 
 
+@contextmanager
+def own(folder: Path) -> Iterator[None]:
+    """Keep other commands out of a folder as long as this one lives. Raises UsageError that names the owner."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            remedy = "wait until it has ended, stop it, or set another OUTPUT_DIR"
+            raise UsageError(f"{folder} is in use by {file.read()}: {remedy}") from error
+        except OSError as error:
+            print(f"{folder} cannot be locked on this file system ({error.strerror}): start no second process in it")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
 def to_settings(options: argparse.Namespace) -> SimpleNamespace:
     """The notebook's `settings`: the options by their names; --learning-rate is that of all recipes and stages."""
     from helpers.recipes import CATALOGUE
@@ -215,16 +255,36 @@ def to_settings(options: argparse.Namespace) -> SimpleNamespace:
     return settings
 
 
+def prepare(dataset_id: str, output_dir: Path) -> str:
+    """`dataset_id`; for a folder in the layout of YOLO, COCO or VOC, the dataset it becomes. Raises ValueError."""
+    folder = Path(dataset_id)
+    if not folder.is_dir() or list(folder.glob("data/*.parquet")) or "TORCHELASTIC_RUN_ID" in os.environ:
+        return dataset_id
+    from helpers.import_dataset import prepare_dataset
+
+    return prepare_dataset(dataset_id, output_dir / "dataset")
+
+
 def train_and_evaluate(options: argparse.Namespace) -> None:
-    """Train the recipe, load what it left from disk, measure it and print that; of several processes, one does."""
+    """Train the recipe, load what it left from disk, measure it and print that; of several processes, one does.
+
+    Raises UsageError for settings, data or a folder that cannot be meant.
+    """
     from helpers.data import load_splits
     from helpers.loading import release_memory
     from helpers.recipes import CATALOGUE
+    from helpers.runs import OtherRunError
     from helpers.training import evaluate_run, run_recipe
 
     settings = to_settings(options)
-    splits = load_splits(settings)
-    run = run_recipe(CATALOGUE[options.recipe[0]], settings, splits, options.checkpoint)
+    try:
+        splits = load_splits(settings)
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(error) from error
+    try:
+        run = run_recipe(CATALOGUE[options.recipe[0]], settings, splits, options.checkpoint)
+    except OtherRunError as error:
+        raise UsageError(error) from error
     release_memory()
     if leave_group() == 0:
         evaluate_run(run, settings, splits.evaluation)
@@ -264,18 +324,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             choose_gpus(options.gpu)
         if options.checkpoint:
             check_checkpoint(options.checkpoint, options.recipe[0])
+        options.dataset_id = prepare(options.dataset_id, options.output_dir)
     except ValueError as error:
         parser.error(str(error))
     if len(options.recipe) == 1:
-        train_and_evaluate(options)
-        return 0
+        return train_one(parser, options)
     return launch_until_interrupted(options, argv)
+
+
+def train_one(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Train one recipe as the only process in its folder; of torchrun's processes, the first one holds the lock."""
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    try:
+        with own(options.output_dir / options.recipe[0]) if is_first else nullcontext():
+            train_and_evaluate(options)
+    except UsageError as error:
+        parser.error(" ".join(str(error).split()))
+    return 0
 
 
 def launch_until_interrupted(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """`launch`, which Ctrl-C and SIGTERM end; returns the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        argv = [*argv, "--dataset-id", options.dataset_id]
         return int(launch(options.recipe, options.gpu or [None], argv, options.output_dir) > 0)
     except KeyboardInterrupt:
         return 130

@@ -16,17 +16,18 @@ from types import SimpleNamespace
 
 import safetensors.torch
 import torch
+import xxhash
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from helpers.collators import COLLATORS
 from helpers.conversation import create_task
-from helpers.data import Splits, to_training_dataset
+from helpers.data import Mirroring, Splits, to_training_dataset
 from helpers.detection import evaluate_detector
 from helpers.generation import Detector
 from helpers.loading import PACKAGES, area_of, best_dtype, load_model, load_processor, release_memory
@@ -42,6 +43,7 @@ from helpers.speed import (
     describe_compilation,
     describe_plan,
     free_memory,
+    hash_tensors,
     plan_memory,
     split_batch,
     use_packed_attention,
@@ -58,7 +60,7 @@ def create_detector(model: PreTrainedModel, settings: SimpleNamespace, labels: S
 OPTIMISATION = {"optim": "adamw_torch_fused", "lr_scheduler_type": "cosine", "warmup_steps": 0.03}  # 0.03 of all steps
 EXAMPLES = {"max_length": None, "remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
 VALIDATION = {"eval_on_start": True, "eval_strategy": "steps", "prediction_loss_only": True}
-CHECKPOINTS = {"save_strategy": "steps", "save_total_limit": 1}  # the last, besides the best
+CHECKPOINTS = {"save_strategy": "steps"}  # the last and the best are kept: `CheckpointingTrainer`
 SELECTION = {"load_best_model_at_end": True, "metric_for_best_model": "selection", "greater_is_better": True}
 
 
@@ -96,7 +98,14 @@ def create_training_config(recipe: TrainingRecipe, settings: SimpleNamespace, pl
 
 
 class TrainingProgress(ProgressCallback):
-    """One bar with the latest loss, the same in notebooks, terminals and log files."""
+    """One bar with the latest loss, the same in notebooks, terminals and log files; tells `mirroring` the epoch."""
+
+    def __init__(self, mirroring: Mirroring):
+        super().__init__()
+        self.mirroring = mirroring
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.mirroring.epoch = int(state.epoch)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.current_step = state.global_step
@@ -123,8 +132,56 @@ def check_trainable_parameters(model: torch.nn.Module, recipe: TrainingRecipe) -
     print(f"{recipe.name}: {sum(p.numel() for p in trained.values()):,} trainable parameters")
 
 
-class DetectionTrainer(SFTTrainer):
-    """SFTTrainer that trains a detector, and asks it about `validation_rows` at every evaluation."""
+class CheckpointingTrainer(SFTTrainer):
+    """SFTTrainer whose checkpoints are whole, hold what is trained, and are read back or refused."""
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """A checkpoint gets its name when it is whole; only then may an older one be deleted."""
+        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        self.args.output_dir = str(folder / "unfinished")
+        super()._save_checkpoint(model, trial)
+        self.args.output_dir = str(folder)
+        self.accelerator.wait_for_everyone()
+        self.find_best()
+        if self.is_world_process_zero():
+            self.state.save_to_json(folder / "unfinished" / name / "trainer_state.json")
+            (folder / "unfinished" / name).replace(folder / name)
+            rotate_checkpoints(str(folder), 1, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def find_best(self) -> None:
+        """Where the best checkpoint is, also after the folder was moved."""
+        step = self.state.best_global_step
+        self.state.best_model_checkpoint = f"{self.args.output_dir}/checkpoint-{step}" if step else None
+
+    def _run_epoch(self, *arguments, **options) -> None:
+        """Nothing is left to do where the checkpoint to go on from was that of the last step."""
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*arguments, **options)
+        self.control.should_training_stop = True
+
+    def _finalize_training(self, *arguments):
+        self.find_best()
+        return super()._finalize_training(*arguments)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Adapters as usual; of other models the trained weights, by their names in memory."""
+        if isinstance(self.model, PeftModel):
+            return super()._save(output_dir, state_dict)
+        trained = {name: p.data.contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(trained, Path(output_dir) / "model.safetensors", metadata={"format": "pt"})
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Raise RuntimeError unless a checkpoint held each trained weight and nothing unknown."""
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        lost = [*trained.intersection(load_result.missing_keys), *load_result.unexpected_keys]
+        if lost:
+            raise RuntimeError(f"The checkpoint does not fit what is trained: {lost[:3]}. Delete it to start again.")
+
+
+class DetectionTrainer(CheckpointingTrainer):
+    """Trains a detector, and asks it about `validation_rows` at every evaluation."""
 
     def __init__(self, detector: Detector, validation_rows: Dataset, micro_batch_size: int, **arguments):
         super().__init__(model=detector.model, processing_class=detector.processor, **arguments)
@@ -168,21 +225,6 @@ class DetectionTrainer(SFTTrainer):
         release_memory()
         return self.add_gradients(model, inputs, num_items_in_batch)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Adapters as usual; of other models the trained weights, by their names in memory."""
-        if isinstance(self.model, PeftModel):
-            return super()._save(output_dir, state_dict)
-        trained = {name: p.data.contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(trained, Path(output_dir) / "model.safetensors", metadata={"format": "pt"})
-
-    def _issue_warnings_after_load(self, load_result) -> None:
-        """Raise RuntimeError unless a checkpoint held each trained weight and nothing unknown."""
-        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        lost = [*trained.intersection(load_result.missing_keys), *load_result.unexpected_keys]
-        if lost:
-            raise RuntimeError(f"The checkpoint does not fit what is trained: {lost[:3]}. Delete it to start again.")
-
 
 def gradient_norms(model: torch.nn.Module) -> dict[str, float]:
     """L2 norm of the gradient of all trained parameters, by area."""
@@ -201,6 +243,7 @@ def build_trainer(
     if settings.cache_features and recipe.train_vision == "frozen":
         cache_features(model.model.visual, Path(settings.output_dir) / "features")
     plan = plan_memory(detector, recipe, settings, free_memory())
+    mirroring = Mirroring(settings.flip_probability, settings.seed)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
@@ -209,11 +252,11 @@ def build_trainer(
         splits.validation,
         plan.micro_batch_size,
         args=create_training_config(recipe, settings, plan),
-        train_dataset=to_training_dataset(splits.train, detector.task, settings.flip_probability),
-        eval_dataset=to_training_dataset(splits.validation, detector.task, flip_probability=0.0),
+        train_dataset=to_training_dataset(splits.train, detector.task, mirroring),
+        eval_dataset=to_training_dataset(splits.validation, detector.task, Mirroring()),
         data_collator=COLLATORS[recipe.collator](detector.processor),
         peft_config=build_lora_config_for_recipe(recipe),
-        callbacks=[TrainingProgress()],
+        callbacks=[TrainingProgress(mirroring)],
     )
     trainer.remove_callback(PrinterCallback)
     for parameter in trainer.model.parameters():
@@ -228,6 +271,34 @@ def build_trainer(
     return trainer
 
 
+def describe_run(recipe: TrainingRecipe, settings: SimpleNamespace, splits: Splits, start: str) -> dict:
+    """All that makes a result: recipe, task, settings, the weights it starts from, data, versions."""
+    task = create_task(load_processor(settings.model_id, settings.max_pixels), splits.labels, settings)
+    names = "num_epochs", "max_steps", "batch_size", "evaluations", "flip_probability", "max_new_tokens", "seed"
+    made = {"started_from": start, "base_hash": hash_weights(start)}
+    made["lora_target_modules"] = recipe.lora_target_modules
+    made["schedule"] = {name: getattr(settings, name) for name in names}
+    made["rows"] = {"train": hash_rows(splits.train), "validation": hash_rows(splits.validation)}
+    given = json.loads(json.dumps(vars(settings), default=str))
+    versions = {package: importlib.metadata.version(package) for package in [*PACKAGES, "accelerate"]}
+    return asdict(recipe) | asdict(task) | made | {"settings": given, "versions": versions}
+
+
+def hash_rows(rows: Dataset) -> str:
+    """xxHash of the ids and objects of rows; images are told apart by their ids."""
+    digest = xxhash.xxh3_128()
+    for image_id, objects in zip(rows["image_id"], rows["objects"], strict=True):
+        digest.update(f"{image_id} {objects}".encode())
+    return digest.hexdigest()
+
+
+def hash_weights(folder: str) -> str:
+    """xxHash of the weights in a folder's safetensors files; of a hub id, that id."""
+    files = [str(file) for file in sorted(Path(folder).glob("*.safetensors"))]
+    read = (torch.from_file(file, size=os.path.getsize(file), dtype=torch.uint8) for file in files)
+    return hash_tensors(read) if files else folder
+
+
 def run_recipe(
     recipe: TrainingRecipe, settings: SimpleNamespace, splits: Splits, start: Path | None = None
 ) -> RunFolder:
@@ -235,14 +306,17 @@ def run_recipe(
 
     Of a recipe in two stages the first one goes into the folder's `stage1`; `start` takes its place.
     """
-    stages = [CATALOGUE[name] for name in recipe.stages] or [recipe]
-    stages = [adjust(stage, settings) for stage in stages]
+    stages = [adjust(CATALOGUE[name], settings) for name in recipe.stages] or [adjust(recipe, settings)]
+    run = RunFolder(Path(settings.output_dir) / recipe.name)
+    if settings.again:
+        if Path(start or settings.model_id).resolve().is_relative_to(run.path.resolve()):
+            raise ValueError(f"AGAIN deletes {run.path}, and with it the weights to start from: move those elsewhere.")
+        clear(run.path)
+    if recipe.stages and start is None and run.read_state():
+        start = run.path / run.read_state()["base"]  # what it was begun from
     if recipe.stages and start is None:
-        stage1 = RunFolder(Path(settings.output_dir) / recipe.name / "stage1")
-        if not (stage1.is_trained and find_checkpoint(stage1.path.parent)):
-            train(replace(stages[0], name=f"{recipe.name}/stage1"), settings, splits, settings.model_id)
-            release_memory()
-        start = stage1.path
+        start = train(replace(stages[0], name=f"{recipe.name}/stage1"), settings, splits, settings.model_id).path
+        release_memory()
     return train(replace(stages[-1], name=recipe.name), settings, splits, str(start or settings.model_id))
 
 
@@ -257,19 +331,37 @@ def adjust(recipe: TrainingRecipe, settings: SimpleNamespace) -> TrainingRecipe:
 
 
 def train(recipe: TrainingRecipe, settings: SimpleNamespace, splits: Splits, start: str) -> RunFolder:
-    """Train a recipe without stages from the weights in `start`; an interrupted run goes on from its checkpoint."""
+    """Train a recipe without stages from the weights in `start`; what was interrupted goes on, what has ended stays.
+
+    Raises OtherRunError where the folder holds a run with other settings, data or weights.
+    """
     run = RunFolder(Path(settings.output_dir) / recipe.name)
+    description = describe_run(recipe, settings, splits, start) | {"base": os.path.relpath(start, run.path)}
+    run.begin(description)
+    if run.is_trained:
+        print(f"{recipe.name}: trained already, skipped (AGAIN=True trains it anew)")
+        delete_checkpoints(run.path)
+        return run
     detector = create_detector(load_model(start, recipe.quantized, best_dtype()), settings, splits.labels)
     trainer = build_trainer(detector, recipe, settings, splits)
     if interrupted := find_checkpoint(run.path):
-        print(f"going on from {interrupted} (delete it to start again)")
+        print(f"going on from {interrupted}")
+        trainer.args.eval_on_start = False
     trainer.train(resume_from_checkpoint=interrupted)
     if can_compile(settings):
         print(describe_compilation())
-    started = {"started_from": start, "base": os.path.relpath(start, run.path)}
-    save_trained(trainer, run, asdict(recipe) | started | describe_settings(detector, settings))
+    save_trained(trainer, run, description)
     trainer.accelerator.free_memory()
     return run
+
+
+def clear(folder: Path) -> None:
+    """Delete what a run left."""
+    for path in folder.glob("*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in ("lock", "train.log"):  # of the process that does this
+            path.unlink()
 
 
 def find_checkpoint(folder: Path) -> str | None:
@@ -277,11 +369,10 @@ def find_checkpoint(folder: Path) -> str | None:
     return get_last_checkpoint(folder) if folder.is_dir() else None
 
 
-def describe_settings(detector: Detector, settings: SimpleNamespace) -> dict:
-    """What besides the recipe makes a result: task, settings, versions."""
-    versions = {package: importlib.metadata.version(package) for package in [*PACKAGES, "accelerate"]}
-    given = json.loads(json.dumps(vars(settings), default=str))
-    return asdict(detector.task) | {"settings": given, "versions": versions}
+def delete_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of a run, also one that was never finished."""
+    for leftover in [*folder.glob("checkpoint-*"), *folder.glob("unfinished")]:
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def save_trained(trainer: DetectionTrainer, run: RunFolder, provenance: dict) -> None:
@@ -294,16 +385,20 @@ def save_trained(trainer: DetectionTrainer, run: RunFolder, provenance: dict) ->
         trainer.model.save_pretrained(run.path)
         trainer.processing_class.save_pretrained(run.path)
         write_json(run.path / "recipe.json", provenance | {"steps": trainer.state.global_step})
-        for leftover in run.path.glob("checkpoint-*"):
-            shutil.rmtree(leftover)
+        delete_checkpoints(run.path)
     trainer.accelerator.wait_for_everyone()  # the next stage reads what the first process wrote
 
 
 def load_trained_model(folder: Path, precision: str | None = None) -> PreTrainedModel:
-    """A full checkpoint, or an adapter on its base, in the precision of its training, or in another."""
+    """A full checkpoint, or an adapter on its base, in the precision of its training, or in another.
+
+    Raises ValueError where the base's weights are not those that the adapter was trained on.
+    """
     saved, is_adapter = RunFolder(folder).read_recipe(), (folder / "adapter_config.json").exists()
     precision, beside = precision or saved["precision"], folder / saved["base"]  # which was moved with it, if it was
     base = str(folder) if not is_adapter else str(beside) if beside.is_dir() else saved["started_from"]
+    if is_adapter and Path(base).is_dir() and hash_weights(base) != saved.get("base_hash", hash_weights(base)):
+        raise ValueError(f"{folder} was trained on other weights than those in {base}: bring its base back there.")
     model = load_model(base, precision == "nf4", best_dtype())
     if precision == "nf4" and torch.cuda.is_available() and free_memory() > 5 * model.get_memory_footprint():
         model.dequantize(best_dtype())  # the same numbers, unpacked once in place of once a product
@@ -323,5 +418,16 @@ def load_detector(folder: Path, settings: SimpleNamespace, precision: str | None
 
 
 def evaluate_run(run: RunFolder, settings: SimpleNamespace, rows: Dataset) -> dict:
-    """Load from disk what a training left, evaluate it on the rows, write records and metrics; returns the metrics."""
-    return run.write_records(evaluate_detector(load_detector(run.path, settings), rows))
+    """Load from disk what a training left, evaluate it on the rows, write records and metrics; returns the metrics.
+
+    Nothing is loaded where that was done already.
+    """
+    file, limits = (
+        run.path / "metrics.json",
+        {"max_new_tokens": settings.max_new_tokens, "max_pixels": settings.max_pixels},
+    )
+    about = limits | {"rows": hash_rows(rows)}
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if known.get("about") == about:
+        return known
+    return run.write_records(evaluate_detector(load_detector(run.path, settings), rows), about)

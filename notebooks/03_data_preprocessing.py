@@ -412,7 +412,7 @@ def plot_trained_tokens(batches: dict[str, dict[str, torch.Tensor]], tokenizer, 
 
 # %%
 most = max(range(len(rows)), key=lambda number: len(rows[number]["objects"]["bbox"]))
-example = to_training_example(rows[most], TASK, flip_probability=0.0)
+example = to_training_example(rows[most], TASK)
 strips = {variant: collator(processor)([example]) for variant, collator in COLLATORS.items()}
 plot_trained_tokens(strips, tokenizer)
 plt.show()
@@ -448,7 +448,7 @@ def analyze_token_distribution(batch: dict[str, torch.Tensor], tokenizer) -> pd.
 
 # %%
 chosen = [most, *(number for number in range(min(8, len(rows))) if number != most)][:8]
-examples = [to_training_example(rows[number], TASK, flip_probability=0.0) for number in chosen]
+examples = [to_training_example(rows[number], TASK) for number in chosen]
 batches = {variant: collator(processor)(examples) for variant, collator in COLLATORS.items()}
 tables = {variant: analyze_token_distribution(batch, tokenizer) for variant, batch in batches.items()}
 counts = pd.DataFrame({variant: table["trained"] for variant, table in tables.items()}).add_prefix("trained by ")

@@ -804,6 +804,7 @@ bin_sizes(records_by_name[best]).reset_index(drop=True).round(3)
 #| export analysis
 POLICIES = ("merge", "multi-class", "table-only")
 TABLE = "nutrition-table"
+SIDES = ["truth", "prediction"]
 
 
 def apply_policy(records: Sequence[dict], policy: str) -> list[dict]:
@@ -816,20 +817,17 @@ def apply_policy(records: Sequence[dict], policy: str) -> list[dict]:
         raise ValueError(f"Unknown policy {policy!r}: use one of {', '.join(POLICIES)}.")
     if policy == "multi-class":
         return add_categories(records)
-    records = [
-        record | {side: drop_categories(record[side]) for side in ("truth", "prediction")} for record in records
-    ]
+    records = [record | {side: drop_categories(record[side]) for side in SIDES} for record in records]
     return keep_label(records, TABLE, ["truth"]) if policy == "table-only" else records
 
 
 def add_categories(records: Sequence[dict]) -> list[dict]:
     """Records whose boxes carry a `category_id`, 1, 2, ... in the alphabetical order of their labels."""
-    sides = ("truth", "prediction")
-    labels = {normalize_label(labelled["label"]) for record in records for side in sides for labelled in record[side]}
+    labels = {normalize_label(labelled["label"]) for record in records for side in SIDES for labelled in record[side]}
     numbers = {label: number for number, label in enumerate(sorted(labels), start=1)}
     return [
         record
-        | {side: [x | {"category_id": numbers[normalize_label(x["label"])]} for x in record[side]] for side in sides}
+        | {side: [x | {"category_id": numbers[normalize_label(x["label"])]} for x in record[side]] for side in SIDES}
         for record in records
     ]
 
@@ -884,21 +882,55 @@ pd.DataFrame(rows).T[["mean_iou", "precision", "recall", "f1", "mAP"]].style.for
 # `multi-class` can only be lower than `merge` in precision and recall: a box at the right place under the wrong name
 # is now wrong. Average precision can go either way, since it becomes a mean over labels, rare ones included.
 # `table-only` asks another question altogether: of the tables, how many are covered, and how many of
-# the boxes are on tables. How the labels of `merge`'s true positives agree, rows are the truth:
+# the boxes are on tables.
+#
+# Which label is taken for which? Boxes are paired by place alone, and the labels of a pair are counted; what has no
+# partner at that IoU is paired with nothing.
+
 
 # %%
-names = []
-for record in of_base:
-    ious = compute_ious(record["truth"], record["prediction"])
-    for row, column in zip(*assign_boxes(ious, 0.5), strict=True):
-        if ious[row, column] >= 0.5:
-            names.append([record[side][n]["label"] for side, n in [("truth", row), ("prediction", column)]])
-names = pd.DataFrame(names, columns=["truth", "answer"])
-pd.crosstab(names.truth, names.answer)
+#| export analysis
+NO_BOX = "(no box)"
+
+
+def pair_labels(record: dict, threshold: float) -> list[tuple[str, str]]:
+    """Labels (true, answered) of boxes paired one to one from an IoU of `threshold` on; NO_BOX beside all others."""
+    truth, answered = ([normalize_label(labelled["label"]) for labelled in record[side]] for side in SIDES)
+    ious = compute_ious(*(drop_categories(record[side]) for side in SIDES))
+    rows, columns = assign_boxes(ious, threshold)
+    paired = [(r, c) for r, c in zip(rows.tolist(), columns.tolist(), strict=True) if ious[r, c] >= threshold]
+    pairs = [(truth[row], answered[column]) for row, column in paired]
+    pairs += [(label, NO_BOX) for row, label in enumerate(truth) if row not in dict(paired)]
+    return pairs + [(NO_BOX, label) for n, label in enumerate(answered) if n not in [column for _, column in paired]]
+
+
+def count_confusions(records: Sequence[dict], threshold: float = 0.5) -> pd.DataFrame:
+    """How often each true label (rows) was answered with each label (columns): see `pair_labels`."""
+    pairs = pd.DataFrame([pair for record in records for pair in pair_labels(record, threshold)], columns=SIDES)
+    return pd.crosstab(pairs.truth, pairs.prediction)
+
+
+def plot_confusions(counts: pd.DataFrame) -> plt.Figure:
+    """`count_confusions` as a picture: darker is more often, as a share of the row."""
+    figure, axes = plt.subplots(figsize=(1.1 * counts.shape[1] + 2, 0.5 * len(counts) + 1.6), layout="constrained")
+    shares = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (row, column), count in np.ndenumerate(counts):
+        colour = "white" if shares.iloc[row, column] > 0.5 else "black"
+        axes.text(column, row, count, ha="center", va="center", color=colour)
+    axes.set_xticks(range(counts.shape[1]), counts.columns, rotation=30, ha="right")
+    axes.set_yticks(range(len(counts)), counts.index)
+    axes.set(xlabel="answered", ylabel="true", title="Which label is taken for which")
+    return figure
+
+
+# %%
+plot_confusions(count_confusions(of_base))
+plt.show()
 
 # %% [markdown]
-# Off the diagonal is what the policies disagree about. With several labels there is a row for each, as if it were the
-# only one:
+# Off the diagonal is what the policies disagree about, but for what stands beside no box. With several labels there is
+# a row for each, as if it were the only one:
 
 
 # %%
@@ -951,6 +983,7 @@ def build_report(records: Sequence[dict], threshold: float = 0.5, policy: str = 
         "intervals": {"mean_iou": intervals["mean_iou"], "median_iou": median_interval(chosen), **intervals},
         "errors": count_errors(chosen, threshold),
         "labels": labels if len(labels) > 1 else {},
+        "confusions": count_confusions(records, threshold).T.to_dict() if len(labels) > 1 else {},
     }
 
 
@@ -1069,12 +1102,27 @@ def plot_worst(records: Sequence[dict], images: Sequence[Image.Image]) -> plt.Fi
     return plot_images(images, truths, predictions, titles)
 
 
+def describe_table(table: pd.DataFrame) -> list[str]:
+    """A table as lines of Markdown."""
+    rows = [["", *table.columns], ["---"] * (table.shape[1] + 1)]
+    rows += [
+        [name, *(f"{value:.3f}".removesuffix(".000") for value in row)]
+        for name, row in zip(table.index, table.to_numpy(), strict=True)
+    ]
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
 def describe_card(name: str, report: dict, worst: Sequence[str]) -> str:
     """The text of an evaluation card from `build_report`, and the ids of the worst images."""
     about = f"{report['n']} images, true positives from IoU {report['iou_threshold']} on, labels: {report['policy']}."
     lines = [f"# {name}", "", about, "", "| metric | value | 95 % interval |", "| --- | --- | --- |"]
     lines += ["| " + " | ".join(metric) + " |" for metric in list_metrics(report)]
     lines += ["", "Boxes: " + ", ".join(f"{count} {kind}" for kind, count in report["errors"].items()) + "."]
+    for title, table in {
+        "By label": report["labels"],
+        "True labels, and how they were answered": report["confusions"],
+    }.items():
+        lines += ["", f"{title}:", "", *describe_table(pd.DataFrame(table).T)] if table else []
     lines += ["", "![Precision and recall, IoU, reliability, kinds of errors](plots.png)"]
     if worst:
         lines += ["", "The worst images, truth dashed, prediction solid:", "", "![Worst images](worst.png)", ""]

@@ -81,7 +81,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Trainer
 
 from helpers.collators import AssistantOnlyCollator
 from helpers.conversation import PROMPT, Task
-from helpers.data import load_rows, read_row, to_training_dataset
+from helpers.data import Mirroring, load_rows, read_row, to_training_dataset
 from helpers.generation import Detector, generate, to_questions
 from helpers.loading import area_of, load_model, load_processor, release_memory
 from helpers.plots import BLUE, LIGHT, ORANGE
@@ -232,7 +232,7 @@ plt.show()
 processor = load_processor(MODEL_ID, MAX_PIXELS)
 collate = AssistantOnlyCollator(processor)
 rows = load_rows(DATASET_ID, TRAIN_SPLIT, max(STEPS * TRAIN_BATCH_SIZE, 4 * BATCH_SIZE), SEED)
-examples = to_training_dataset(rows, TASK, 0.0)
+examples = to_training_dataset(rows, TASK, Mirroring())
 
 
 def cut_batches(count: int, size: int) -> list[dict]:

@@ -77,7 +77,7 @@ from transformers import PreTrainedModel, Qwen2VLConfig, Qwen2VLForConditionalGe
 
 from helpers.collators import AssistantOnlyCollator
 from helpers.conversation import PROMPT, Task
-from helpers.data import load_rows, read_row, to_training_dataset
+from helpers.data import Mirroring, load_rows, read_row, to_training_dataset
 from helpers.detection import evaluate_detector
 from helpers.generation import Detector
 from helpers.loading import AREAS, KEPT_MODULES, area_of, best_dtype
@@ -237,7 +237,7 @@ def measure_layer(name: str, layer: torch.nn.Linear, given: torch.Tensor) -> lis
 # %%
 processor = load_processor(MODEL_ID, MAX_PIXELS)
 rows = load_rows(DATASET_ID, EVAL_SPLIT, max(SAMPLES, 2 * BATCH_SIZE), SEED)
-training_rows = to_training_dataset(rows, TASK, flip_probability=0.0)
+training_rows = to_training_dataset(rows, TASK, Mirroring())
 collate = AssistantOnlyCollator(processor)
 batch, other_batch = (
     {name: tensor.to(model.device) for name, tensor in collate([training_rows[n] for n in numbers]).items()}

@@ -54,7 +54,7 @@ def make_settings(base, dataset_folder) -> Callable[..., SimpleNamespace]:
         steps = {"num_epochs": 1, "max_steps": 4, "batch_size": 2, "micro_batch_size": None}
         steps |= {"gradient_checkpointing": None, "compile": None, "precision": None, "cache_features": True}
         steps |= {"learning_rates": {}, "lora_rank": None, "evaluations": 4}
-        steps |= {"seed": 0, "report_to": "none"}
+        steps |= {"seed": 0, "again": False, "report_to": "none"}
         answers = {"eval_batch_size": 2, "max_new_tokens": 40}
         return SimpleNamespace(**names | data | steps | answers | changes)
 

@@ -26,6 +26,7 @@ from helpers.analysis import (
     collect_scores,
     compute_map,
     compute_precision,
+    count_confusions,
     count_errors,
     count_wins,
     image_ious,
@@ -35,6 +36,7 @@ from helpers.analysis import (
     normalize_label,
     plot_against,
     plot_card,
+    plot_confusions,
     plot_iou_by_size,
     plot_precision_recall,
     plot_reliability,
@@ -358,7 +360,7 @@ def test_report_by_hand():
             "calibration_error",
             "iou_threshold",
         ),
-        *("policy", "intervals", "errors", "labels"),
+        *("policy", "intervals", "errors", "labels", "confusions"),
     ]
     assert (report["iou_threshold"], report["policy"], report["labels"]) == (0.7, "merge", {})
     assert (report["median_iou"], report["precision"], report["mAP75"]) == pytest.approx((0.8, 0.5, 0.505), abs=1e-3)
@@ -375,8 +377,25 @@ def test_report_with_labels():
     report = build_report(records, policy="multi-class")
     assert (report["precision"], report["errors"]["background"]) == (0.5, 1)  # the wrong label is background
     assert list(report["labels"]) == ["logo", "nutrition-table"]
+    assert report["confusions"] == {
+        "logo": {"nutrition-table": 1},
+        "nutrition-table": {"nutrition-table": 1},
+    }
     assert build_report([record(labelled(SQUARE), [])], policy="multi-class")["labels"] == {}  # there is one only
     assert build_report(records)["precision"] == 1
+
+
+def test_confusions_pair_boxes_by_place_alone():
+    truth = [*labelled(SQUARE), *labelled(AWAY, label="logo")]
+    records = [record(truth, [*labelled(SQUARE, label="Logo")]), record([], labelled(AWAY))]
+    counts = count_confusions(records)
+    assert counts.T.to_dict() == {
+        "(no box)": {"(no box)": 0, "logo": 0, "nutrition-table": 1},
+        "logo": {"(no box)": 1, "logo": 0, "nutrition-table": 0},
+        "nutrition-table": {"(no box)": 0, "logo": 1, "nutrition-table": 0},
+    }
+    texts = [text.get_text() for text in plot_confusions(counts).axes[0].texts]
+    assert texts == ["0", "0", "1", "1", "0", "0", "0", "1", "0"]
 
 
 def test_metrics_as_text():

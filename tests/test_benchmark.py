@@ -1,8 +1,12 @@
 """The benchmark runs at its tiny size: stock and ours, then generation."""
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText
 
-from helpers.benchmark import count_sizes, main
+from helpers.benchmark import SHAPES, build_config, count_sizes, main
+from helpers.recipes import CATALOGUE
+from helpers.speed import count_activations, count_trained
 
 COUNTS = {  # parameters, and those that r1, r2 and r4 train, of the models as published
     "qwen2-vl-2b": [2_208_985_600, 73_859_072, 665_271_296, 110_559_232],
@@ -19,6 +23,30 @@ COUNTS = {  # parameters, and those that r1, r2 and r4 train, of the models as p
 def test_what_each_recipe_trains_of_the_published_models(real_processor):
     counted = count_sizes(real_processor.tokenizer).T.to_dict("list")
     assert {name: counted[name] for name in COUNTS} == COUNTS
+
+
+PEAKS = {  # GiB at most while r1 trained on 16 images at once, activations kept, compiled, on one H200
+    "qwen2-vl-2b": 51.5,
+    "qwen2-vl-7b": 110.8,
+    "qwen2.5-vl-3b": 82.8,
+    "qwen2.5-vl-7b": 112.6,
+    "qwen3-vl-2b": 40.9,
+    "qwen3-vl-4b": 81.4,
+    "qwen3-vl-8b": 102.1,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "peak"), PEAKS.items())
+def test_the_plan_is_above_what_was_measured(real_processor, size, peak):
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(build_config(SHAPES[size], real_processor.tokenizer))
+    recipe = CATALOGUE["r1-llm-only"]
+    layers = sum(p.numel() for name, p in model.named_parameters() if "language_model.layers" in name)
+    loaded = 0.53 * layers + 2 * (model.num_parameters() - layers)  # NF4 with its scales; bfloat16
+    activations = 16 * 2 * count_activations(model, recipe, False, 1280 * 28 * 28)
+    planned = (loaded + activations + 16 * count_trained(model, recipe)) / 2**30
+    assert peak < planned < 1.2 * peak
 
 
 @pytest.mark.slow

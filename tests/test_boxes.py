@@ -1,10 +1,14 @@
 """Coordinates change convention in two functions; half a grid unit is what a round trip may cost."""
 
+import numpy as np
 import pytest
+import torch
+import torchvision
 from PIL import Image
 
 from helpers.boxes import (
     FAMILIES,
+    box_iou,
     flip_horizontally,
     from_grid,
     from_model_coordinates,
@@ -75,3 +79,12 @@ def test_flip_moves_boxes_with_the_image():
     mirrored, boxes = flip_horizontally(image, [[1, 0, 4, 2]])
     assert boxes == [[6, 0, 9, 2]]
     assert mirrored.getpixel((8, 0)) == (255, 0, 0)
+
+
+def test_iou_of_every_box_with_every_other():
+    ious = box_iou([[0, 0, 10, 10], [0, 5, 10, 15]], [[0, 2, 10, 12], [0, 0, 10, 5], [20, 0, 30, 10]])
+    assert ious == pytest.approx(np.array([[8 / 12, 1 / 2, 0], [7 / 13, 0, 0]]))
+    assert box_iou([], [[0, 0, 1, 1]]).shape == (0, 1)
+    corners = np.random.default_rng(0).random((2, 50, 2, 2)) * 100
+    boxes = np.concatenate([corners.min(axis=2), corners.max(axis=2)], axis=2)
+    assert box_iou(*boxes) == pytest.approx(torchvision.ops.box_iou(*map(torch.tensor, boxes)).numpy())

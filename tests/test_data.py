@@ -4,14 +4,15 @@ import re
 from io import BytesIO
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-import torch
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
 from helpers.conversation import Task
 from helpers.data import (
+    Mirroring,
     Splits,
     describe_boxes,
     describe_problem,
@@ -140,7 +141,7 @@ def test_boxes_refer_to_the_upright_image():
 
 
 def test_training_example():
-    row = to_training_dataset(rows_of((IMAGE, [BOX])), Task("Where?"), flip_probability=0.0)[0]
+    row = to_training_dataset(rows_of((IMAGE, [BOX])), Task("Where?"), Mirroring())[0]
     assert row["image"].size == (40, 80)
     assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
     assert row["messages"][2]["content"][0]["text"] == (
@@ -149,14 +150,22 @@ def test_training_example():
 
 
 def test_mirrored_training_example():
-    row = to_training_dataset(rows_of((IMAGE, [BOX])), Task("Where?"), flip_probability=1.0)[0]
+    row = to_training_dataset(rows_of((IMAGE, [BOX])), Task("Where?"), Mirroring(1.0))[0]
     assert "(500,250),(900,750)" in row["messages"][2]["content"][0]["text"]
 
 
-def test_an_image_is_mirrored_anew_each_time():
-    torch.manual_seed(0)
-    dataset = to_training_dataset(rows_of((IMAGE, [BOX])), Task("Where?"), flip_probability=0.5)
-    assert len({dataset[0]["messages"][2]["content"][0]["text"] for _ in range(20)}) == 2
+def test_an_image_is_mirrored_anew_in_each_epoch_and_not_within_one():
+    mirroring = Mirroring(0.5)
+    dataset, texts = to_training_dataset(rows_of((IMAGE, [BOX])), Task("Where?"), mirroring), {}
+    for epoch in range(20):
+        mirroring.epoch = epoch
+        texts[epoch] = {dataset[0]["messages"][2]["content"][0]["text"] for _ in range(3)}
+    assert all(len(found) == 1 for found in texts.values())
+    assert len(set.union(*texts.values())) == 2
+    share = np.mean([Mirroring(0.3, seed).applies_to(image_id) for seed in range(20) for image_id in range(100)])
+    assert share == pytest.approx(0.3, abs=0.03)
+    assert not any(Mirroring(0.0).applies_to(image_id) for image_id in range(100))
+    assert all(Mirroring(1.0).applies_to(image_id) for image_id in range(100))
 
 
 def test_the_tiny_dataset_is_a_dataset_dict(dataset_folder):

@@ -17,15 +17,19 @@ from helpers.runs import write_json
 from helpers.tiny.packages import draw_package
 
 
-@pytest.fixture(scope="module")
-def result(base, tmp_path_factory):
-    """The base as a result that was trained to find barcodes."""
-    folder = tmp_path_factory.mktemp("run") / "r2-vision-only"
+def write_result(base, folder):
+    """The base as a result that was trained to find barcodes, in a new folder."""
     shutil.copytree(base, folder)
     budget = pixel_budget(load_processor(str(base), 10**9))
     task = Task(PROMPT.format(label="barcode"), ["barcode"], pixel_budget=budget)
     write_json(folder / "recipe.json", asdict(CATALOGUE["r2-vision-only"]) | asdict(task) | {"base": "."})
     return folder
+
+
+@pytest.fixture(scope="module")
+def result(base, tmp_path_factory):
+    """See `write_result`."""
+    return write_result(base, tmp_path_factory.mktemp("run") / "r2-vision-only")
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +63,12 @@ def test_the_command_writes_coco_results_and_drawings(result, packages, tmp_path
     turned.save(folder / "b.jpg", exif=exif, quality=95)
     (folder / "c.jpg").write_text("not an image")
     (folder / "d.png").write_bytes((folder / "a.png").read_bytes()[:5000])  # cut off
+    Image.new("RGB", (20000, 10)).save(folder / "e.png")
     assert main([str(folder), "--model", str(result), "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "c.jpg: image cannot be decoded (UnidentifiedImageError)" in printed
     assert "d.png: image cannot be decoded (OSError)" in printed
+    assert "e.png: 20000 x 10 pixels: one side is more than 199 times the other" in printed
     described = json.loads((tmp_path / "out/images.json").read_text())
     assert [image["file_name"] for image in described["images"]] == [str(folder / "a.png"), str(folder / "b.jpg")]
     assert [(image["width"], image["height"]) for image in described["images"]] == [p.size for p, _ in packages[:2]]

@@ -77,7 +77,7 @@ def test_labels_must_agree_where_there_are_several():
         answered = add_answer(record, Answer(f"{label}(0,0),(500,500)"), task)
         assert answered["prediction"][0]["category_id"] == category
         assert answered["iou"] == iou
-    assert add_answer(to_record(row((9, 9)), task), Answer("There are none."), task)["prediction"] == []
+    assert add_answer(to_record(row((9, 9)), task), Answer("<|im_end|>"), task)["prediction"] == []
 
 
 def test_unknown_family_is_refused():

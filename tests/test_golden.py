@@ -43,7 +43,7 @@ def example() -> dict:
     """One small image with one box, from a dataset row (which writes y first, and fractions)."""
     objects = {"bbox": [[0.487, 0.273, 0.640, 0.730]], "category_name": ["nutrition-table"]}
     row = {"image_id": "1", "image": Image.new("RGB", (56, 56)), "objects": objects}
-    return to_training_example(row, TASK, flip_probability=0)
+    return to_training_example(row, TASK)
 
 
 def test_conversation(example, real_processor):

@@ -9,7 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-from datasets import load_dataset
+from datasets import ClassLabel, Dataset, Features, List, Value, load_dataset
+from datasets import Image as ImageFeature
 from PIL import ExifTags, Image
 
 from helpers import evaluation, train_recipe
@@ -135,6 +136,86 @@ def test_the_three_formats_give_the_same_rows(pictures, tmp_path, capsys, make_s
     assert first[1] == [pytest.approx(box, abs=1e-4) for box in fractions]
     splits = load_splits(make_settings(tmp_path, dataset_id=str(tmp_path / "coco/out")))
     assert splits.labels == ("barcode", "logo")
+
+
+def write_hub(root, source, found, names, of_objects):
+    """A dataset as people have it on the hub: pixels as COCO's, classes as numbers, objects as a list or as lists."""
+    rows = [
+        {"image": str(source / name), "objects": [{"bbox": [x1, y1, x2 - x1, y2 - y1], "category": names.index(label)}
+         for label, (x1, y1, x2, y2) in objects]}
+        for name, (_, objects) in found.items()
+    ]  # fmt: skip
+    parts = {"bbox": List(Value("float64")), "category": ClassLabel(names=names)}
+    kinds = [parts] if of_objects else {name: List(kind) for name, kind in parts.items()}
+    if not of_objects:
+        rows = [row | {"objects": {name: [o[name] for o in row["objects"]] for name in parts}} for row in rows]
+    features = Features({"image": ImageFeature(), "objects": kinds})
+    for split, some in {"train": rows[:16], "test": rows[16:]}.items():
+        (root / "data").mkdir(exist_ok=True, parents=True)
+        Dataset.from_list(some, features=features).to_parquet(root / "data" / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.mark.parametrize("of_objects", [False, True])
+def test_a_hub_dataset_is_streamed_and_converted(pictures, tmp_path, of_objects):
+    source, found = pictures
+    write_hub(tmp_path / "hub", source, found, NAMES, of_objects)
+    options = ["--hub", str(tmp_path / "hub"), "--boxes", "xywh", "--output", str(tmp_path / "out")]
+    assert main(options) == 0
+    rows = load_dataset(str(tmp_path / "out"))
+    assert {split: len(some) for split, some in rows.items()} == {"train": 16, "val": 8}  # test is to evaluate on
+    (width, height), objects = found["00.jpg"]
+    first = to_plain(rows["train"][0])
+    assert first[2] == [label for label, _ in objects]
+    x1, y1, x2, y2 = objects[0][1]
+    assert first[1][0] == pytest.approx([y1 / height, x1 / width, y2 / height, x2 / width], abs=1e-4)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["contact_sheet.png", "data", "report.txt"]
+
+
+def test_only_so_many_rows_of_a_stream_are_read(pictures, tmp_path):
+    write_hub(tmp_path / "hub", *pictures, NAMES, of_objects=False)
+    options = ["--hub", str(tmp_path / "hub"), "--boxes", "xywh", "--output", str(tmp_path / "out"), "--limit", "4"]
+    assert main(options) == 0
+    assert [len(rows) for rows in load_dataset(str(tmp_path / "out")).values()] == [4, 4]
+
+
+def test_a_split_to_test_on_is_passed_over_aloud(pictures, tmp_path, capsys):
+    source, found = pictures
+    options = write_yolo(tmp_path, source, found)
+    config = {"names": NAMES, "train": "images", "val": "images", "test": "images"}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(config))
+    main([*options, "--output", str(tmp_path / "out")])
+    assert "split 'test' is passed over" in capsys.readouterr().out
+
+
+def write_coco_folder(root, source, found):
+    """The layout of the COCO dataset itself."""
+    (root / "annotations").mkdir()
+    names = list(found)
+    for split, some in {"train2017": names[:16], "val2017": names[16:]}.items():
+        (root / split).mkdir()
+        for name in some:
+            (root / split / name).write_bytes((source / name).read_bytes())
+        part = as_coco(source, {name: found[name] for name in some})
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(part))
+        (root / "annotations" / f"person_keypoints_{split}.json").write_text("{}")
+
+
+@pytest.mark.parametrize("write", [write_coco_folder, write_yolo, write_voc])
+def test_dataset_id_points_straight_at_a_folder(pictures, tmp_path, write):
+    (tmp_path / "mine").mkdir()
+    write(tmp_path / "mine", *pictures)
+    made = train_recipe.prepare(str(tmp_path / "mine"), tmp_path / "out")
+    assert made == str(tmp_path / "out/dataset")
+    sizes = {split: len(rows) for split, rows in load_dataset(made).items()}
+    assert sizes == ({"train": 16, "val": 8} if write is write_coco_folder else {"train": 19, "val": 5})
+    (tmp_path / "out/dataset/report.txt").write_text("kept")
+    assert train_recipe.prepare(str(tmp_path / "mine"), tmp_path / "out") == made
+    assert (tmp_path / "out/dataset/report.txt").read_text() == "kept"  # it is not made again
+    next(path for path in (tmp_path / "mine").rglob("*") if path.suffix in (".json", ".txt", ".xml")).unlink()
+    with pytest.raises(ValueError, match=r"out/dataset is not what .*mine is now .*: delete it"):
+        train_recipe.prepare(str(tmp_path / "mine"), tmp_path / "out")
+    assert train_recipe.prepare(made, tmp_path / "other") == made
+    assert train_recipe.prepare("me/a-hub-dataset", tmp_path / "other") == "me/a-hub-dataset"
 
 
 def test_a_given_split_is_kept(pictures, tmp_path):
@@ -292,6 +373,7 @@ def test_damaged_files_are_named(pictures, tmp_path, capsys):
     command = write_voc(tmp_path, *pictures)
     (tmp_path / "Annotations/00.xml").write_text("<annotation>")
     (tmp_path / "JPEGImages/01.jpg").write_bytes((tmp_path / "JPEGImages/01.jpg").read_bytes()[:500])
+    Image.new("RGB", (2000, 10)).save(tmp_path / "JPEGImages/03.jpg")
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.open(tmp_path / "JPEGImages/02.jpg").resize((336, 448)).save(tmp_path / "JPEGImages/02.jpg", exif=exif)
@@ -301,6 +383,7 @@ def test_damaged_files_are_named(pictures, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "00.xml: not XML" in printed
     assert "01.jpg: the picture cannot be decoded (OSError)" in printed
+    assert "03.jpg: one side of (2000, 10) pixels is more than 199 times the other" in printed
     assert "02.jpg: its annotation is for (336, 448) pixels, it has (448, 336) as stored; it is turned" in printed
 
 
@@ -335,7 +418,10 @@ def test_a_file_that_is_no_dataset_is_refused(pictures, tmp_path, capsys, conten
         (["--voc", "nowhere"], "nowhere holds no Annotations/*.xml"),
         (["--coco", "nowhere.json", "--images", "."], "nowhere.json cannot be read"),
         (["--coco", "a.json"], "--coco needs --images FOLDER"),
-        (["--imagefolder", "."], "--imagefolder needs --boxes, one of xywh, xyxy, yxyx"),
+        (["--imagefolder", "."], "say what the numbers of bbox are: --boxes xywh, xyxy or yxyx"),
+        (["--hub", "."], "say what the numbers of bbox are: --boxes xywh, xyxy or yxyx"),
+        (["--yolo", ".", "--limit", "9"], "--limit 9: it belongs to --hub, and is at least 2"),
+        (["--hub", "me/nothing-there", "--boxes", "xywh"], "is neither a folder nor"),
         (["--imagefolder", "nowhere", "--boxes", "xywh"], "nowhere holds no metadata.jsonl with lines"),
         (["--yolo", ".", "--validation", "1.5"], "--validation 1.5 is not a share"),
         (["--yolo", ".", "--group", "("], "--group ( is not a regular expression"),

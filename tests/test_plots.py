@@ -10,7 +10,6 @@ from PIL import Image
 
 from helpers import plots
 from helpers.generation import Answer
-from helpers.recipes import CATALOGUE
 from helpers.runs import RunFolder
 
 
@@ -90,16 +89,6 @@ def test_differences_within_the_noise_are_grey():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["x -> y", "x -> z"]
 
 
-def test_recipes_a_line_a_stage():
-    table = plots.plot_recipes(CATALOGUE).axes[0].tables[0]
-    cells = {key: cell.get_text().get_text() for key, cell in table.get_celld().items()}
-    assert [cells[line, -1] for line in range(1, 6)] == [
-        *("r1-llm-only", "r2-vision-only", "r3-two-stage: r2", "r3-two-stage: r1", "r4-joint"),
-    ]
-    assert (cells[1, 0], cells[1, 1]) == ("frozen, 16 bits", "frozen + LoRA, 4 bits")
-    assert (cells[2, 0], cells[2, 1]) == ("all trained, 16 bits", "frozen, 16 bits")
-
-
 def test_prior_shows_the_median_box():
     boxes = pd.DataFrame({"x1": [0.1], "y1": [0.2], "x2": [0.5], "y2": [0.6], "area": [0.16]})
     left, right = plots.plot_prior(boxes, [0.1, 0.2, 0.5, 0.6]).axes
@@ -107,8 +96,9 @@ def test_prior_shows_the_median_box():
     assert outlines(right, plots.PREDICTION_COLOUR) == [pytest.approx([0.1, 0.2, 0.5, 0.6])]
 
 
-def test_diagrams_hold_their_steps():
-    road = plots.plot_road("A: first; B: second; C: third", per_row=2).axes[0]
-    texts = {text.get_text() for text in road.texts}
-    assert texts == {"A\nfirst", "B\nsecond", "C\nthird", ""}  # the arrow has no text
-    assert "W: out x in\nfrozen, 4 bits" in {text.get_text() for text in plots.plot_lora().axes[0].texts}
+def test_steps_are_joined_from_left_to_right():
+    axes = plots.plot_steps([["a", "b", "c"], ["d", "e"]]).axes[0]
+    texts = {text.get_text(): text.get_position() for text in axes.texts if text.get_text()}
+    assert texts == {"a": (0, 0), "b": (1, 0), "c": (2, 0), "d": (0, -1), "e": (1, -1)}
+    arrows = [(text.xyann, text.xy) for text in axes.texts if not text.get_text()]
+    assert arrows == [((0, 0), (1, 0)), ((1, 0), (2, 0)), ((0, -1), (1, -1))]

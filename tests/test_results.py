@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import safetensors.torch
 from huggingface_hub import ModelCard
 
 from helpers.recipes import CATALOGUE
@@ -42,6 +43,21 @@ def test_a_merged_model_is_a_result_too(trained, tmp_path):
     assert len(RunFolder(tmp_path / "merged").read_records()) == 8
     assert not (tmp_path / "merged/adapter_config.json").exists()
     assert main(["--model", str(tmp_path / "merged"), "--evaluate-only", "--eval-samples", "2"]) == 0
+
+
+@pytest.mark.slow
+def test_an_adapter_is_not_put_on_other_weights(trained, base, tmp_path, capsys):
+    run, _ = trained
+    shutil.copytree(run.path, tmp_path / "runs/r1")
+    saved = run.read_recipe() | {"base": "../base"}
+    (tmp_path / "runs/r1/recipe.json").write_text(json.dumps(saved))
+    shutil.copytree(base, tmp_path / "runs/base")
+    weights = safetensors.torch.load_file(base / "model.safetensors")
+    weights["lm_head.weight"] += 0.01
+    safetensors.torch.save_file(weights, tmp_path / "runs/base/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit):
+        main(["--model", str(tmp_path / "runs/r1"), "--evaluate-only"])
+    assert "was trained on other weights than those in" in capsys.readouterr().err
 
 
 def test_what_is_no_result_is_refused(tmp_path, capsys):

@@ -9,7 +9,7 @@ from trl import SFTTrainer
 
 from helpers.collators import AssistantOnlyCollator
 from helpers.conversation import PROMPT, Task
-from helpers.data import to_training_dataset
+from helpers.data import Mirroring, to_training_dataset
 from helpers.loading import load_model, load_processor
 from helpers.quantization import build_published_model
 from helpers.recipes import CATALOGUE
@@ -61,7 +61,7 @@ def published_7b(settings):
 @pytest.fixture
 def batch(settings, splits):
     """Six images of the training split, of several sizes, as the collator hands them on."""
-    examples = to_training_dataset(splits.train, TASK, flip_probability=0.0)
+    examples = to_training_dataset(splits.train, TASK, Mirroring())
     processor = load_processor(settings.model_id, settings.max_pixels)
     return AssistantOnlyCollator(processor)([examples[number] for number in range(6)])
 

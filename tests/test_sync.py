@@ -26,9 +26,11 @@ from helpers.export import (
     find_orphans,
     find_problem,
     lasting_outputs,
+    note_synced,
     printed_modules,
     read_all_modules,
     refresh_command,
+    refuse_lost_edit,
     top_level_imports,
     write_modules,
 )
@@ -284,6 +286,22 @@ def test_edited_notebook_is_found(scripts: list[Path], package: Path, number: in
     with pytest.raises(AssertionError, match="`make from-notebook` if you edited the notebook"):
         check_notebook(scripts[number])
     check_notebook(scripts[1 - number])
+
+
+def test_an_edit_that_the_other_side_lacks_is_not_overwritten(story: Path):
+    notebook = story.with_suffix(".ipynb")
+    refuse_lost_edit(story, "notebook")  # nothing was noted yet
+    note_synced(story)
+    edit(story, "circle(STEPS)", "circle(2)")
+    refuse_lost_edit(story, "notebook")  # `make sync` brings the script's edit into the notebook
+    with pytest.raises(SystemExit, match=r"story.py .* cell 5 \(`circle\(2\)`\): run `make sync`, or undo"):
+        refuse_lost_edit(story, "script")
+    edit(notebook, "STEPS = 100", "STEPS = 5")
+    with pytest.raises(SystemExit, match=r"story.ipynb .* cell 3 \(`STEPS = 5`\): run `make from-notebook`"):
+        refuse_lost_edit(story, "notebook")
+    jupytext_command(["--quiet", "--to", "py:percent", str(notebook)])
+    refuse_lost_edit(story, "notebook")  # both say the same
+    assert "STEPS = 5" in story.read_text()
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,14 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jupytext
+import psutil
 import pytest
 import yaml
 
@@ -17,6 +20,7 @@ from helpers.train_recipe import (
     build_parser,
     choose_gpus,
     main,
+    own,
     parse,
     read_notebook_settings,
     to_settings,
@@ -254,7 +258,7 @@ def test_a_failure_is_told_and_the_others_still_run(small, tmp_path):
     for name, (started, ended) in {"r1-llm-only": lines[:2], "r4-joint": lines[2:]}.items():
         log = tmp_path / "out" / name / "train.log"
         assert started == f"{name}: started on GPU 0, log in {log}"
-        assert ended.startswith(f"{name}: FAILED with exit code 1, see {log} (")
+        assert ended.startswith(f"{name}: FAILED with exit code 2, see {log} (")
         assert "No dataset 'nowhere'" in log.read_text()
 
 
@@ -272,3 +276,45 @@ def test_children_end_with_the_command(small, sent):
     launcher.send_signal(sent)
     assert launcher.communicate(timeout=60)[0].splitlines() == ["r1-llm-only: stopped", "r2-vision-only: stopped"]
     assert launcher.returncode == 130
+
+
+def test_no_child_is_left_when_the_command_is_killed(small):
+    launcher = subprocess.Popen(command("--recipe", "all", "--gpu", 0, 1, *small), stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout.readline().startswith("r1-llm-only: started")
+    assert launcher.stdout.readline().startswith("r2-vision-only: started")
+    children = psutil.Process(launcher.pid).children()
+    assert len(children) == 2
+    launcher.kill()
+    launcher.communicate()
+    gone, alive = psutil.wait_procs(children, timeout=5)
+    assert (len(gone), alive) == (2, [])
+
+
+def test_a_folder_has_one_owner(small, tmp_path, capsys):
+    with own(tmp_path / "out/r1-llm-only"):
+        started = time.perf_counter()
+        with pytest.raises(SystemExit) as stopped:
+            main(["--recipe", "r1-llm-only", *small])
+        assert time.perf_counter() - started < 5  # under one where nothing else runs: torch is not imported for it
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"r1-llm-only is in use by process {os.getpid()} on {socket.gethostname()}: wait until it has ended" in told
+    with own(tmp_path / "out/r1-llm-only"):  # free again
+        pass
+
+
+def test_a_folder_with_another_run_is_refused_in_a_line(small, tmp_path):
+    folder = tmp_path / "out/r1-llm-only"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text('{"precision": "bf16"}')
+    done = run("--recipe", "r1-llm-only", *small)
+    assert done.returncode == 2
+    assert "holds another run: " in done.stderr.splitlines()[-1]
+    assert "precision was 'bf16', is 'nf4'" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_processes_of_torchrun_do_not_delete_under_each_other(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(ValueError, match="--again deletes a folder, which torchrun's processes share"):
+        options_of("--recipe", "r4-joint", "--again")

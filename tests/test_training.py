@@ -12,19 +12,20 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from trl import SFTConfig
 
-from helpers import training
+from helpers import recipes, training
 from helpers.collators import AllTokensCollator
 from helpers.conversation import PROMPT, Task
-from helpers.data import to_training_dataset
+from helpers.data import Mirroring, load_splits, to_training_dataset
 from helpers.loading import allocated_megabytes, load_model, release_memory
 from helpers.recipes import CATALOGUE
-from helpers.runs import RunFolder, write_json
+from helpers.runs import OtherRunError, RunFolder, write_json
 from helpers.speed import MemoryPlan
 from helpers.training import (
     build_trainer,
     check_trainable_parameters,
     create_detector,
     create_training_config,
+    describe_run,
     evaluate_run,
     gradient_norms,
     load_trained_model,
@@ -141,12 +142,17 @@ def test_settings_reach_the_trainer(make_trainer, settings, splits):
     assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (22, 2)
     texts = [dataset[0]["messages"][2] for dataset in (trainer.train_dataset, trainer.eval_dataset)]
     rows = [(splits.train, 1.0), (splits.validation, 0.0)]  # images are mirrored in training only
-    assert texts == [to_training_dataset(rows, TASK, flip)[0]["messages"][2] for rows, flip in rows]
+    assert texts == [to_training_dataset(rows, TASK, Mirroring(flip))[0]["messages"][2] for rows, flip in rows]
 
 
 def test_several_stages_and_their_learning_rates(settings, splits, monkeypatch):
     trained = []
-    monkeypatch.setattr(training, "train", lambda recipe, settings, splits, start: trained.append((recipe, start)))
+
+    def note(recipe, settings, splits, start):
+        trained.append((recipe, start))
+        return RunFolder(Path(settings.output_dir) / recipe.name)
+
+    monkeypatch.setattr(training, "train", note)
     settings.learning_rates = {"r1-llm-only": 0.5, "r4-joint": 0.25}
     for recipe in (R4, R2, R3):
         run_recipe(recipe, settings, splits)
@@ -159,20 +165,123 @@ def test_several_stages_and_their_learning_rates(settings, splits, monkeypatch):
     ]
 
 
-def test_a_first_stage_that_is_there_is_not_trained_again(settings, splits, tmp_path, monkeypatch):
-    trained = []
-    monkeypatch.setattr(
-        training, "train", lambda recipe, settings, splits, start: trained.append((recipe.name, start))
+# What was begun, and what has ended
+
+
+@pytest.mark.slow
+def test_what_has_ended_is_not_done_again(settings, splits, tmp_path, monkeypatch, capsys):
+    """All three trainings and evaluations once; a second time nothing is loaded; AGAIN starts anew."""
+    settings.max_steps = settings.evaluations = 1
+    run = run_recipe(R3, settings, splits)
+    metrics = evaluate_run(run, settings, splits.evaluation)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    capsys.readouterr()
+
+    def fail(*arguments):
+        raise AssertionError("loaded again")
+
+    monkeypatch.setattr(training, "load_model", fail)
+    again = run_recipe(R3, settings, splits)
+    assert json.loads(json.dumps(metrics)) == evaluate_run(again, settings, splits.evaluation)
+    printed = capsys.readouterr().out
+    assert "r3-two-stage: trained already, skipped (AGAIN=True trains it anew)" in printed
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == files
+    with pytest.raises(AssertionError, match="loaded again"):  # on other images it is another evaluation
+        evaluate_run(again, settings, splits.evaluation.select(range(3)))
+    settings.again = True
+    with pytest.raises(AssertionError, match="loaded again"):
+        run_recipe(R3, settings, splits)
+    assert [path.name for path in run.path.iterdir()] == ["stage1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, r"schedule was \{.*'seed': 0\}, is \{.*'seed': 1\}"),
+        ({"max_steps": 8}, "'max_steps': 4, .* 'max_steps': 8"),
+        ({"learning_rates": {"r1-llm-only": 0.5}}, "learning_rate was 0.0001, is 0.5"),
+        ({"question": "Where?"}, "question was 'Detect every .*, is 'Where\\?'"),
+        ({"max_pixels": 40 * 28 * 28}, "pixel_budget was"),
+        ({"validation_samples": 3}, "rows was"),
+    ],
+)
+def test_a_run_with_other_settings_is_not_mixed_with_an_older_one(settings, monkeypatch, change, named):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "load_model", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(R1, settings, load_splits(settings))
+    before = (Path(settings.output_dir) / "r1-llm-only/run.json").read_bytes()
+    vars(settings).update(change)
+    with pytest.raises(OtherRunError, match=named) as refused:
+        run_recipe(R1, settings, load_splits(settings))
+    assert "To keep it set another OUTPUT_DIR; to replace it delete it, or all recipes' with AGAIN=True." in str(
+        refused.value
     )
-    run_recipe(R3, settings, splits, tmp_path / "elsewhere")
-    assert trained == [("r3-two-stage", f"{tmp_path}/elsewhere")]
-    trained.clear()
-    # killed in its second stage
-    (tmp_path / "r3-two-stage/stage1").mkdir(parents=True)
-    write_json(tmp_path / "r3-two-stage/stage1/recipe.json", {})
-    (tmp_path / "r3-two-stage/checkpoint-2").mkdir()
+    assert (Path(settings.output_dir) / "r1-llm-only/run.json").read_bytes() == before
+
+
+def test_more_layers_with_lora_are_another_run(settings, splits, tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "r4-joint")
+    run.begin(describe_run(R4, settings, splits, settings.model_id))
+    monkeypatch.setattr(recipes, "VISION_LAYERS", recipes.VISION_LAYERS + "|.*merger.*")
+    with pytest.raises(OtherRunError, match="lora_target_modules was"):
+        run.begin(describe_run(R4, settings, splits, settings.model_id))
+
+
+def test_again_does_not_delete_what_it_starts_from(settings, splits, base, tmp_path):
+    settings.again = True
+    stage1 = tmp_path / "r3-two-stage/stage1"
+    shutil.copytree(base, stage1)
+    with pytest.raises(ValueError, match=r"AGAIN deletes .*r3-two-stage, and with it the weights to start from"):
+        run_recipe(R3, settings, splits, stage1)
+    assert (stage1 / "model.safetensors").exists()
+
+
+def test_a_second_stage_goes_on_from_what_it_was_begun_from(settings, splits, base, tmp_path, monkeypatch):
+    shutil.copytree(base, tmp_path / "r2-vision-only")
+    second = replace(R1, name=R3.name)
+    described = describe_run(second, settings, splits, str(tmp_path / "r2-vision-only"))
+    RunFolder(tmp_path / R3.name).begin(described | {"base": "../r2-vision-only"})
+    trained = []
+    monkeypatch.setattr(training, "train", lambda *arguments: trained.append(Path(arguments[-1]).resolve()))
     run_recipe(R3, settings, splits)
-    assert trained == [("r3-two-stage", f"{tmp_path}/r3-two-stage/stage1")]
+    assert trained == [tmp_path / "r2-vision-only"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_after_its_last_step_does_none_more(settings, splits, monkeypatch):
+    settings.max_steps, settings.evaluations = 3, 1  # not at the end of an epoch
+    save = training.save_trained
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save_trained", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(R1, settings, splits)
+    monkeypatch.setattr(training, "save_trained", save)
+    moved = Path(shutil.move(settings.output_dir, f"{settings.output_dir}-moved"))
+    settings.output_dir = str(moved)
+    best = load_file(moved / "r1-llm-only/checkpoint-3/adapter_model.safetensors")
+    run = run_recipe(R1, settings, splits)
+    assert run.read_recipe()["steps"] == 3
+    assert run.read_log("eval_mean_iou").index.max() == 3
+    kept = load_file(run.path / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in best.items())
+
+
+def test_a_run_from_other_weights_is_refused(settings, splits, base, tmp_path, monkeypatch):
+    run, weights = RunFolder(tmp_path / "r1-llm-only"), tmp_path / "other/model.safetensors"
+    run.begin(describe_run(R1, settings, splits, settings.model_id))
+    shutil.copytree(base, tmp_path / "other")
+    run.begin(describe_run(R1, settings, splits, str(tmp_path / "other")))  # the same weights elsewhere
+    tensors = load_file(weights)
+    tensors["lm_head.weight"] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(OtherRunError, match="holds another run: base_hash was"):
+        run.begin(describe_run(R1, settings, splits, str(tmp_path / "other")))
 
 
 # By what checkpoints are chosen
