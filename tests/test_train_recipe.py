@@ -167,7 +167,7 @@ def test_impossible_options(tmp_path, capsys, argv, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("MAX_STEP: 3", "sets MAX_STEP: choose from BATCH_SIZE, "),
+        ("MAX_STEP: 3", "sets MAX_STEP: choose from AGAIN, BATCH_SIZE, "),
         ("- 3", "write lines such as `MAX_STEPS: 100`"),
         ("a: b: c", "give a YAML file that can be read"),
         ("MAX_STEPS: many", "argument --max-steps: invalid int value: 'many'"),
