@@ -103,7 +103,7 @@ class FirstStep(TrainerCallback):
 def start(output: Path, begun: float) -> None:
     """What `helpers.train_recipe` does until its first step."""
     settings, recipe = create_settings(output), CATALOGUE["r1-llm-only"]
-    settings.validation_samples, settings.eval_samples = 64, None
+    settings.validation_samples, settings.train_samples, settings.eval_samples = 64, None, None
     splits = load_splits(settings)
     detector = create_detector(load_model(settings.model_id, True, best_dtype()), settings, splits.labels)
     trainer = build_trainer(detector, recipe, settings, splits)
