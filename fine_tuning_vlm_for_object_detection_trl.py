@@ -2629,12 +2629,12 @@ release_memory()
 # That is the base on the validation split, before any training: its loss on the answers, its mean IoU, and what would
 # choose a checkpoint. With a loss of 1.6 nats a token is chosen about as well as among five that are equally likely.
 #
-# A run starts from the base, or from the result of an earlier run. `run.json` notes what it is; whoever runs it again
-# with other settings, data or weights is told the difference, so that two runs are never mixed. When it was
-# interrupted, it goes on from its last checkpoint, to the same weights: which images are mirrored depends on seed,
-# epoch and image alone, and a checkpoint gets its name only when it is whole. When it has ended it is not trained
-# again, and checkpoints are deleted, because the result holds what matters. The model lives inside one function only:
-# when that returns, its memory can be released.
+# A run starts from the base, or from the result of an earlier run. `run.json` notes what it is; whoever runs it
+# again with other settings, data or weights is told the difference, so that two runs are never mixed. When it was
+# interrupted, it goes on from its last checkpoint, on one CPU process to the same bytes: which images are mirrored
+# depends on seed, epoch and image alone, and a checkpoint gets its name only when it is whole. When it has ended it
+# is not trained again, and checkpoints are deleted, because the result holds what matters. The model lives inside
+# one function only: when that returns, its memory can be released.
 #
 # What is left tells itself apart by its files: an adapter (`adapter_config.json` names the base it belongs to) or a
 # full checkpoint (`config.json` and all weights). With it go the processor, the training log, and in `recipe.json`
@@ -2906,7 +2906,8 @@ compare_table({"same box": same_box_records} | by_collator)[SHOWN].T
 #
 # Which weights are worth training? Each recipe starts from the base as published, in a function of its own, so that
 # nothing of one can leak into the next. The table shows the memory that is held before and after: on a GPU what its
-# tensors take, on a CPU what the whole process takes, where it says little more than that nothing piles up.
+# tensors take, on a CPU what the whole process takes, where it says little more than that nothing piles up. A recipe
+# that an earlier run into this folder has finished is skipped, and took no minutes then.
 #
 # The first stage of `r3-two-stage` is `r2-vision-only`, with the same data, steps and seed. Where r2 was trained in
 # this run, r3 starts from its weights; otherwise it trains them itself, into `r3-two-stage/stage1`.
@@ -3260,7 +3261,8 @@ release_memory()
 #
 # ## Exercises
 #
-# With the demo's settings (`helpers/tiny/demo.yaml`) each takes minutes. Write your prediction down first.
+# With the demo's settings (`helpers/tiny/demo.yaml`) each takes minutes; give each an `OUTPUT_DIR` of its own, since a
+# folder that holds a run refuses another. Write your prediction down first.
 #
 # 1. `r4-joint` leaves out the vision tower's `attn.proj` and the merger. Add them to `VISION_LAYERS` (section 6), run
 #    with `RECIPES = ["r4-joint"]`, and compare with the paired test of section 9. Watch the count of what is trained.

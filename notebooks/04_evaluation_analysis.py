@@ -76,13 +76,13 @@ from helpers.generation import Answer, Detector, generate, to_questions
 from helpers.loading import best_dtype, load_model, release_memory
 from helpers.metrics import (
     assign_boxes,
-    bootstrap_intervals,
     bootstrap_metrics,
     boxes_of,
     check_same_images,
     compare_records,
     compare_table,
     compute_ious,
+    compute_metrics,
     match_boxes,
     percentile_interval,
     resample_weights,
@@ -975,24 +975,27 @@ def build_report(records: Sequence[dict], threshold: float = 0.5, policy: str = 
     """All metrics, calibration, intervals, errors by kind; metrics by label where labels count and there are many."""
     chosen = apply_policy(records, policy)
     labels = summarize_labels(records, threshold) if policy == "multi-class" else {}
-    intervals = bootstrap_intervals(chosen, threshold)
     return measure(chosen, threshold) | {
         "calibration_error": calibration_error(chosen, threshold),
         "iou_threshold": threshold,
         "policy": policy,
-        "intervals": {"mean_iou": intervals["mean_iou"], "median_iou": median_interval(chosen), **intervals},
+        "intervals": bootstrap_report(chosen, threshold),
         "errors": count_errors(chosen, threshold),
         "labels": labels if len(labels) > 1 else {},
         "confusions": count_confusions(records, threshold).T.to_dict() if len(labels) > 1 else {},
     }
 
 
-def median_interval(records: Sequence[dict]) -> tuple[float, float] | None:
-    """The bootstrap interval of the median IoU over images with true boxes; None without any."""
-    ious = image_ious(records)
-    known, values = ~np.isnan(ious), np.nan_to_num(ious)
-    medians = [weighted_median(values, weights * known) for weights in resample_weights(records)]
-    return percentile_interval(np.concatenate(medians))
+def bootstrap_report(records: Sequence[dict], threshold: float) -> dict[str, tuple[float, float] | None]:
+    """`bootstrap_intervals`, and that of the median IoU over images with true boxes, on the same resamples."""
+    scores = score_images(records, threshold)
+    ious, with_truth = scores["iou"].to_numpy(), (scores["with_truth"] > 0).to_numpy()
+    blocks = []
+    for weights in resample_weights(records):
+        metrics = compute_metrics(scores, weights)
+        median = weighted_median(ious, weights * with_truth)
+        blocks.append({"mean_iou": metrics["mean_iou"], "median_iou": median} | metrics)
+    return {name: percentile_interval(np.concatenate([block[name] for block in blocks])) for name in blocks[0]}
 
 
 def weighted_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -1106,7 +1109,7 @@ def describe_table(table: pd.DataFrame) -> list[str]:
     """A table as lines of Markdown."""
     rows = [["", *table.columns], ["---"] * (table.shape[1] + 1)]
     rows += [
-        [name, *(f"{value:.3f}".removesuffix(".000") for value in row)]
+        [name, *("n/a" if pd.isna(value) else f"{value:.3f}".removesuffix(".000") for value in row)]
         for name, row in zip(table.index, table.to_numpy(), strict=True)
     ]
     return ["| " + " | ".join(row) + " |" for row in rows]

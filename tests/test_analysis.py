@@ -6,6 +6,7 @@ import json
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from datasets import Dataset
 from hypothesis import given
@@ -29,6 +30,7 @@ from helpers.analysis import (
     count_confusions,
     count_errors,
     count_wins,
+    describe_table,
     image_ious,
     list_metrics,
     list_sizes,
@@ -396,6 +398,16 @@ def test_confusions_pair_boxes_by_place_alone():
     }
     texts = [text.get_text() for text in plot_confusions(counts).axes[0].texts]
     assert texts == ["0", "0", "1", "1", "0", "0", "0", "1", "0"]
+
+
+def test_cards_tell_what_is_not_defined_and_count_in_whole_numbers():
+    table = pd.DataFrame({"iou": [0.5, None], "n": [1234, 2]}, index=["logo", "barcode"])
+    assert describe_table(table) == [
+        "|  | iou | n |",
+        "| --- | --- | --- |",
+        "| logo | 0.500 | 1234 |",
+        "| barcode | n/a | 2 |",
+    ]
 
 
 def test_metrics_as_text():
