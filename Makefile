@@ -13,14 +13,14 @@ PAPERMILL := HF_HUB_OFFLINE=1 JUPYTER_PATH=$(CURDIR)/.venv/share/jupyter $(BIN)/
   --kernel python3 --language python --progress-bar
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-runs test-helpers lint sync from-notebook notebook topics topic requirements
+.PHONY: help demo test test-all test-runs test-helpers test-campaigns lint sync from-notebook notebook topics topic requirements
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/installed $(DATASET)/.drawn  ## run the whole notebook on the embedded tiny model and data, without GPU or hub
 	@mkdir -p $(dir $(EXECUTED))
-	@echo "The notebook: 2 minutes until the recipes, 9 for the four of them, half a minute to the end, on two cores."
+	@echo "The notebook: 2 minutes until the recipes, 10 for the four of them, half a minute to the end, on two cores."
 	$(PAPERMILL) $(STORY).ipynb $(EXECUTED) --parameters_file helpers/tiny/demo.yaml -p AGAIN True --log-output
 	$(BIN)/jupyter nbconvert --to html --CoalesceStreamsPreprocessor.enabled=True $(EXECUTED)
 	@echo "Read it: $(EXECUTED:.ipynb=.html)"
@@ -28,14 +28,19 @@ demo: .venv/installed $(DATASET)/.drawn  ## run the whole notebook on the embedd
 # of like duration: whole runs, and all other tests
 RUNS := tests/test_notebook.py tests/test_train_recipe.py tests/test_families.py tests/test_results.py
 
-test: lint .venv/browser  ## lint, then run every test; whole runs and the rest side by side, a thread each
+test: lint .venv/browser  ## lint, then run the tests; whole runs and the rest side by side, a thread each
 	OMP_NUM_THREADS=1 $(MAKE) --jobs=2 test-runs test-helpers
 
+test-all: test test-campaigns  ## the same, and what takes minutes: full disks, trackers, sharding, the duel, GRPO's speed, r1 compiled
+
 test-runs:
-	$(BIN)/python -m pytest -q $(RUNS)
+	$(BIN)/python -m pytest -q -m "not campaign" $(RUNS)
 
 test-helpers:
-	$(BIN)/python -m pytest -q $(RUNS:%=--ignore %)
+	$(BIN)/python -m pytest -q -m "not campaign" $(RUNS:%=--ignore %)
+
+test-campaigns: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m campaign
 
 lint: .venv/installed-dev  ## check style and formatting
 	$(BIN)/ruff check

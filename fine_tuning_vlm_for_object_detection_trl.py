@@ -41,7 +41,7 @@
 # > where they stand. What others reached with real weights on the real photographs is quoted in section 15.
 #
 # What you need to know: PyTorch, and what a transformer is. What you will have at the end: a detector, its measured
-# quality with intervals, and an idea of which checks keep such a result honest. Seven topic notebooks beside this one
+# quality with intervals, and an idea of which checks keep such a result honest. Nine topic notebooks beside this one
 # go deeper where a section says so; none of them is needed to follow it.
 
 # %% [markdown]
@@ -150,13 +150,15 @@ from matplotlib.patches import Rectangle
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import ExifTags, Image, ImageOps
 from scipy.optimize import linear_sum_assignment
-from torch.nn.functional import scaled_dot_product_attention
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.functional import embedding, scaled_dot_product_attention
 from torch.utils._triton import has_triton
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers import BitsAndBytesConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PrinterCallback
 from transformers import ProcessorMixin, ProgressCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures as VisionOutput
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
@@ -201,6 +203,82 @@ device = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" if gpu else f"CPU, {o
 changed = {name: [globals()[name], default] for name, default in DEFAULTS.items() if globals()[name] != default}
 rows = {"device": [device, ""], "dtype": [best_dtype(), ""]} | changed
 pd.DataFrame.from_dict(rows, orient="index", columns=["this run", "default"]).astype(str)
+
+# %% [markdown]
+# What cannot be meant stops here, before anything is loaded, and all of it at once: a word in place of a number, a
+# misspelt recipe, numbers of steps or images that train nothing.
+
+
+# %%
+#| export settings: One check of all settings, before anything is loaded.
+def is_text(value: object) -> bool:
+    """Whether a value is a text or a path that says something."""
+    return isinstance(value, str | Path) and bool(str(value).strip()) and "\0" not in str(value)
+
+
+def is_number(value: object, lowest: float, highest: float, kinds=(int, float, str)) -> bool:
+    """Whether a value is a number from `lowest` to `highest`, or the text that YAML takes 1e-3 for; True is none."""
+    try:
+        return type(value) in kinds and lowest <= float(value) <= highest
+    except (OverflowError, ValueError):
+        return False
+
+
+def is_count(value: object, lowest: int = 1, highest: int = 10**9) -> bool:
+    """Whether a value is a whole number from `lowest` to `highest`."""
+    return is_number(value, lowest, highest, (int,))
+
+
+COUNT = "a whole number above 0"
+TRACKERS = ["tensorboard", "wandb", "trackio", "none"]
+RULES = [  # settings, with ? where None is right as well; what they have to be; how that is told
+    ("MODEL_ID DATASET_ID OUTPUT_DIR TRAIN_SPLIT EVAL_SPLIT SYSTEM_MESSAGE? QUESTION?", "a text", is_text),
+    (
+        "LABELS?",
+        "a text such as 'barcode, logo'",
+        lambda v: v != [] and all(map(is_text, v if isinstance(v, list) else [v])),
+    ),
+    ("TRAIN_SAMPLES? EVAL_SAMPLES? VALIDATION_SAMPLES EVALUATIONS MAX_PIXELS MAX_NEW_TOKENS", COUNT, is_count),
+    ("BATCH_SIZE MICRO_BATCH_SIZE? EVAL_BATCH_SIZE? LORA_RANK?", COUNT, is_count),
+    ("MAX_STEPS", f"{COUNT}, or -1", lambda v: is_count(v, -1) and v != 0),
+    ("COLLATOR_STEPS", "a whole number, 0 or above", lambda v: is_count(v, 0)),
+    ("SEED", "a whole number from 0 to 4294967295", lambda v: is_count(v, 0, 2**32 - 1)),
+    ("NUM_EPOCHS", "a number above 0", lambda v: is_number(v, 1e-6, 1e6, (int, float))),
+    ("FLIP_PROBABILITY", "a number from 0 to 1", lambda v: is_number(v, 0, 1, (int, float))),
+    ("AGAIN CACHE_FEATURES COMPILE? GRADIENT_CHECKPOINTING?", "True or False", lambda v: isinstance(v, bool)),
+    ("PRECISION?", "one of 'bf16', 'nf4', 'fp8'", lambda v: v in ["bf16", "nf4", "fp8"]),
+    ("REPORT_TO", f"one of {TRACKERS}", lambda v: v in TRACKERS),
+    ("PUSH_TO_HUB", "a hub id such as 'me/detector', or ''", lambda v: re.fullmatch(r"([\w.-]+/)?[\w.-]*", str(v))),
+]
+
+
+# %%
+#| export settings
+def check_settings(settings: SimpleNamespace, recipes: Sequence[str]) -> None:
+    """Raise ValueError with a line for each setting that cannot be meant; `recipes` are the names that there are."""
+
+    def are_recipes(value: object) -> bool:
+        return isinstance(value, list) and all(name in recipes and value.count(name) == 1 for name in value)
+
+    given, problems = {name.upper(): value for name, value in vars(settings).items()}, []
+    if isinstance(rates := given.get("LEARNING_RATES"), dict):  # those that are wrong
+        is_wrong = {name: name not in recipes or not is_number(rate, 1e-12, 0.999) for name, rate in rates.items()}
+        given["LEARNING_RATES"] = {name: rate for name, rate in rates.items() if is_wrong[name]}
+    known = ", ".join(recipes)
+    rules = [*RULES, ("RECIPES", f"a list out of {known}, each once", lambda v: v and are_recipes(v))]
+    rules.append(("LEARNING_RATES", f"numbers between 0 and 1, by recipe: {known}", lambda v: v == {}))
+    for name, words, is_right in ((name, *rule) for names, *rule in rules for name in names.split()):
+        optional, name = name.endswith("?"), name.rstrip("?")
+        if name in given and not (optional and given[name] is None) and not is_right(given[name]):
+            problems.append(f"{name}={given[name]!r:.110}: give {words}{', or None' if optional else ''}.")
+    if is_text(split := given.get("TRAIN_SPLIT")) and split == given.get("EVAL_SPLIT"):
+        problems.append(f"TRAIN_SPLIT and EVAL_SPLIT are both {split!r}: evaluate on images that are not trained on.")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+# %%
+check_settings(settings, DEFAULTS["RECIPES"])
 
 # %% [markdown]
 # The road again, drawn. The upper row is training, the lower one is using what was trained. Each arrow is one function
@@ -301,7 +379,7 @@ def drop_bad_rows(rows: Dataset) -> Dataset:
     """
     raw, workers = rows.cast_column("image", ImageFeature(decode=False)), min(os.cpu_count(), len(rows) // 5000)
     find = {"function": find_problem, "remove_columns": raw.column_names, "desc": "checking rows"}
-    problems = raw.map(**find, num_proc=workers if workers > 1 else None)["problem"]
+    problems = raw.map(**find, num_proc=workers if workers > 1 else None)["problem"] if len(rows) else []
     kept = [number for number, problem in enumerate(problems) if not problem]
     for image_id, problem in zip(rows["image_id"], problems, strict=True) if len(kept) < len(rows) else []:
         if problem:
@@ -312,6 +390,9 @@ def drop_bad_rows(rows: Dataset) -> Dataset:
     return rows.select(kept)
 
 
+LARGEST_RATIO = 200  # of the sides of an image, beyond which Qwen's processors raise an error
+
+
 def find_problem(row: dict) -> dict[str, str]:
     """`describe_problem` as a column of a dataset, empty where there is none."""
     return {"problem": describe_problem(row) or ""}
@@ -319,16 +400,43 @@ def find_problem(row: dict) -> dict[str, str]:
 
 def describe_problem(row: dict) -> str | None:
     """Why a row with an undecoded image (`{"bytes", "path"}`) cannot be used, or None."""
-    for y_min, x_min, y_max, x_max in row["objects"]["bbox"]:
-        if not (0 <= y_min < y_max <= 1 and 0 <= x_min < x_max <= 1):
-            return f"box {[y_min, x_min, y_max, x_max]} is not 0 <= min < max <= 1"
+    if problem := describe_objects_problem(row["objects"]):
+        return problem
     try:
         image = open_encoded(row["image"])
+        size = image.size
         image.draft("RGB", (256, 256))  # a JPEG is read to its end, but unpacked at a fraction of its size: faster
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"image cannot be decoded ({type(error).__name__})"
+        ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise many kinds of them
+        return f"image cannot be decoded ({type(error).__name__})" if row["image"] else "there is no image"
+    if image.mode == "F":
+        return "the image is in floating point: save it in 8 or 16 bits"
+    if max(size) > LARGEST_RATIO * min(size):
+        return f"one side of {size[0]} x {size[1]} pixels is more than {LARGEST_RATIO} times the other"
     return None
+
+
+def to_upright_rgb(image: Image.Image) -> Image.Image:
+    """An image as it is displayed, 8 bits a colour; of 16 bits the upper 8 are kept, where Pillow makes most white."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):
+        upright = Image.fromarray((np.asarray(upright).clip(0, 65535) // 256).astype(np.uint8))
+    return upright.convert("RGB")
+
+
+def describe_objects_problem(objects: dict[str, list]) -> str | None:
+    """What is wrong with the boxes and labels of a row, or None."""
+    boxes, labels = (objects or {}).get("bbox"), (objects or {}).get("category_name", [])
+    if boxes is None or labels is None:
+        return "there are no objects: give empty lists for an image that has none"
+    for box in boxes:
+        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)):
+            return f"box {box} is not four numbers"
+        if not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+            return f"box {box} is not 0 <= min < max <= 1"
+    if wrong := [v for v in labels if not isinstance(v, str) or not v.strip() or re.search(r"[<{}\x00-\x1f]", v)]:
+        return f"label {wrong[0]!r} is not a text, or holds <, braces or a line break, which would not be read back"
+    return None if len(labels) == len(boxes) else f"{len(boxes)} boxes, but {len(labels)} labels"
 
 
 def open_encoded(encoded: dict) -> Image.Image:
@@ -402,11 +510,22 @@ def keep_labels(rows: Dataset, labels: Sequence[str]) -> Dataset:
     return rows.map(keep, input_columns="objects")
 
 
+# %% [markdown]
+# Barcodes stand in the column `meta`, where a dataset has one; an image without a barcode is a package of its own. The
+# order in which they are held back follows from `SEED`, so that the same settings give the same three sets, and a run
+# that goes on trains on the same images as before.
+
+
+# %%
+#| export data
+def read_barcode(meta: object) -> str | None:
+    """The barcode in what is known of an image, None where there is none."""
+    return (meta.get("barcode") or None) if isinstance(meta, dict) else None
+
+
 def read_barcodes(rows: Dataset) -> list[str | None]:
     """The barcode of every row, None where the dataset gives none."""
-    if "meta" not in rows.column_names:
-        return [None] * len(rows)
-    return [meta.get("barcode") or None for meta in rows["meta"]]
+    return [read_barcode(meta) for meta in (rows["meta"] if "meta" in rows.column_names else [None] * len(rows))]
 
 
 def drop_shared_barcodes(rows: Dataset, others: Dataset) -> Dataset:
@@ -447,7 +566,7 @@ splits.train
 #| export data
 def read_row(row: dict) -> tuple[Image.Image, list[list[float]], list[str]]:
     """A dataset row as upright RGB image, its boxes `[x1, y1, x2, y2]` in pixels, and their labels."""
-    image = ImageOps.exif_transpose(row["image"]).convert("RGB")
+    image = to_upright_rgb(row["image"])
     fractions = np.reshape(row["objects"]["bbox"], (-1, 4))[:, [1, 0, 3, 2]]
     return image, (fractions * (image.size * 2)).tolist(), list(row["objects"]["category_name"])
 
@@ -473,7 +592,7 @@ def plot_images(images: Sequence[Image.Image], truths, predictions=None, titles=
     kinds = {name: kind for name, kind in kinds.items() if kind[0] is not None}
     for number, (axes, image) in enumerate(zip(grid.flat, images, strict=False)):
         axes.imshow(image)
-        axes.set_title(titles[number] if titles is not None else "", fontsize=10)
+        axes.set_title(titles[number] if titles is not None else "", fontsize=10, parse_math=False)
         for boxes, colour, linestyle in kinds.values():
             draw_boxes(axes, boxes[number], colour, linestyle)
     for axes in grid.flat:
@@ -708,10 +827,7 @@ print("Qwen2.5-VL's pixels read as a grid ", np.round(misread).tolist(), f"IoU {
 SYSTEM_MESSAGE = "You are a vision language model that locates objects on food packages."
 PROMPT = "Detect every {label}. Answer with label and box of each as label(x1,y1),(x2,y2) on a grid from 0 to 1000."
 JSON_PROMPT = 'Detect every {label}. Answer in JSON, a list of {{"bbox_2d": [x1, y1, x2, y2], "label": "..."}}.'
-NOTHING = {
-    "tokens": "",
-    "json": "```json\n[]\n```",
-}  # the answer where there is no object: ends at once, or an empty list
+NOTHING = {"tokens": "", "json": "```json\n[]\n```"}  # where there is no object: ends at once, or an empty list
 
 
 @dataclass(frozen=True)
@@ -828,7 +944,7 @@ print("tokens of a photograph of 4032 x 3024, without and with the default budge
 # %%
 tokens = processor.tokenizer.encode(answer + "<|im_end|>")
 rows = {"id": tokens, "token": [processor.tokenizer.decode([token]) for token in tokens]}
-pd.DataFrame.from_dict(rows, orient="index").style.hide(axis="columns")
+pd.DataFrame.from_dict(rows, orient="index").style.format(escape="html").hide(axis="columns")
 
 # %% [markdown]
 # `pixel_values` holds one row of numbers for each patch, `image_grid_thw` how the patches of each image are arranged
@@ -1076,6 +1192,7 @@ class TrainingRecipe:
     lora_alpha: int = 128
     learning_rate: float = 1e-4  # peak; TRL's default for full fine-tuning (2e-5) is too slow for LoRA
     collator: str = "v2-assistant-only"  # a key of COLLATORS
+    loss_function: Callable | None = None  # of a processor: the loss of logits and labels; None: cross-entropy
     stages: tuple[str, ...] = ()  # recipes to train one after the other, each from the weights of the one before
 
     def __post_init__(self):
@@ -1114,14 +1231,6 @@ R4 = replace(R1, name="r4-joint", description="r1 and LoRA on the vision tower",
 CATALOGUE = {recipe.name: recipe for recipe in (R1, R2, R3, R4)}
 
 
-def get_recipes(names: Sequence[str]) -> list[TrainingRecipe]:
-    """Look up recipes by name. Raises ValueError for an unknown or missing name, with the names that exist."""
-    unknown = [name for name in names if name not in CATALOGUE]
-    if unknown or not names:
-        raise ValueError(f"Unknown recipe {unknown}: set RECIPES to a list out of {sorted(CATALOGUE)}.")
-    return [CATALOGUE[name] for name in names]
-
-
 # %%
 stages = {name: CATALOGUE[name] for name in CATALOGUE if not CATALOGUE[name].stages}
 stages |= {f"{R3.name}, stage {n}": CATALOGUE[name] for n, name in enumerate(R3.stages, start=1)}
@@ -1129,7 +1238,6 @@ table = pd.DataFrame(
     {name: {"vision tower": r.train_vision, "language model": r.train_llm} for name, r in stages.items()}
 )
 colours = {"frozen": "#eeeeee", "lora": "#f9d3a8", "full": ORANGE}
-get_recipes(settings.recipes)
 table.T.sort_index().style.map(lambda mode: f"background-color: {colours[mode]}; color: black")
 
 # %% [markdown]
@@ -1188,14 +1296,31 @@ KEPT_MODULES = ("model.visual", "lm_head")  # not quantised
 
 
 def load_model(model_id: str, quantized: bool, dtype: torch.dtype, kept_modules=KEPT_MODULES) -> PreTrainedModel:
-    """Load a model, in NF4 but for `kept_modules` if `quantized`. Raises RuntimeError if it came out otherwise."""
+    """Load a model, in NF4 but for `kept_modules` if `quantized`; weights that could run code (.bin) are not read.
+
+    Raises RuntimeError if tensors were missing, which would be random now, or have another precision.
+    """
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     nf4 |= {"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": list(kept_modules)}  # a historic name
     arguments = {"dtype": dtype, "attn_implementation": "sdpa", "device_map": choose_device_map()}
     arguments |= {"quantization_config": BitsAndBytesConfig(**nf4)} if quantized else {}
-    model = AutoModelForImageTextToText.from_pretrained(model_id, **arguments)
+    arguments |= {"use_safetensors": True, "output_loading_info": True}
+    model, found = AutoModelForImageTextToText.from_pretrained(model_id, **arguments)
+    if found["missing_keys"]:
+        raise RuntimeError(
+            f"{model_id} lacks {len(found['missing_keys'])} tensors, {min(found['missing_keys'])} first."
+        )
+    check_placement(model)
     check_quantization(model, quantized, kept_modules)
     return model
+
+
+def check_placement(model: torch.nn.Module) -> None:
+    """Raise RuntimeError where a part of a model was put beside the GPUs, on CPU or disk."""
+    aside = [name for name, p in model.named_parameters() if p.device.type != "cuda"]
+    if torch.cuda.is_available() and aside:
+        remedy = "Free memory on the GPUs, take more of them, or a smaller MODEL_ID"
+        raise RuntimeError(f"The GPUs are full: {len(aside)} weights are not on them, {aside[0]} first. {remedy}.")
 
 
 def choose_device_map() -> str | dict[str, int]:
@@ -1348,7 +1473,7 @@ class ProbabilityRecorder(LogitsProcessor):
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference_mode is not for sharded models
 def generate(detector: Detector, questions: dict[str, torch.Tensor]) -> list[Answer]:
     """Greedy answers to the batch of `to_questions`, special tokens included, padding removed."""
     recorder, batch = ProbabilityRecorder(), {k: v.to(detector.model.device) for k, v in questions.items()}
@@ -1414,7 +1539,7 @@ PIECE_PATTERN = re.compile(rf"(?P<json>\{{[^{{}}]*(?:\}}|$))|(?P<box>{BOX})|(?P<
 END_PATTERN = re.compile(r"<\|(?:im_end|endoftext)\|>")
 REFERENCE_PATTERN = re.compile(r"<\|object_ref_start\|>([^<]*)<\|object_ref_end\|>")
 MARKUP_PATTERN = re.compile(r"<[^<>]*>|```(?:json)?")
-JSON_LABEL_PATTERN = re.compile(r"""["']label["']\s*:\s*["']([^"']*)["']""")
+JSON_LABEL_PATTERN = re.compile(r"""["']label["']\s*:\s*("(?:[^"\\]|\\.)*"|'[^']*')""")
 
 
 @dataclass(frozen=True)
@@ -1459,7 +1584,11 @@ def read_label(words: str) -> str:
 
 def read_json_label(piece: str) -> str:
     """The value of `label` in one JSON object, whole or cut off; empty where there is none."""
-    return (JSON_LABEL_PATTERN.findall(piece) or [""])[0]
+    quoted = (JSON_LABEL_PATTERN.findall(piece) or ['""'])[0]
+    try:
+        return json.loads(quoted, strict=False)
+    except ValueError:  # in single quotes, or with an escape that JSON does not know
+        return quoted[1:-1]
 
 
 def read_numbers(box: str) -> list[float]:
@@ -1505,7 +1634,7 @@ def plot_token_probabilities(answers: dict[str, Answer]) -> plt.Figure:
         colours = [ORANGE if text.isdigit() else BLUE for text in texts]
         axes.bar(range(len(texts)), answer.probabilities, color=colours)
         marks = [text.replace("<|", "").replace("|>", "") for text in texts]
-        axes.set_xticks(range(len(texts)), marks, rotation=60, ha="right", fontsize=7)
+        axes.set_xticks(range(len(texts)), marks, rotation=60, ha="right", fontsize=7, parse_math=False)
         axes.set(ylim=(0, 1.05), ylabel="probability", title=name)
     return figure
 
@@ -1585,7 +1714,7 @@ def to_record(row: dict, task: Task) -> dict:
     """
     image, boxes, labels = read_row(row)
     truth = [{"label": label, "box": box} for label, box in zip(labels, boxes, strict=True)]
-    known = {"id": row["image_id"], "group": (row.get("meta") or {}).get("barcode") or None}
+    known = {"id": row["image_id"], "group": read_barcode(row.get("meta"))}
     known |= {"width": image.width, "height": image.height}
     resized = list(resized_size(*image.size, **task.pixel_budget))
     return known | {"resized": resized, "truth": number_labels(truth, task.labels)}
@@ -1628,7 +1757,7 @@ def add_answer(record: dict, answer: Answer, task: Task) -> dict:
 
 def detect(image: Image.Image, detector: Detector) -> list[dict]:
     """The objects in one image: `{"label", "box", "score"}`, boxes in pixels of the upright image."""
-    upright = ImageOps.exif_transpose(image).convert("RGB")
+    upright = to_upright_rgb(image)
     resized = resized_size(*upright.size, **detector.task.pixel_budget)
     record = {"width": upright.width, "height": upright.height, "resized": resized, "truth": []}
     answer = generate(detector, to_questions([upright], detector))[0]
@@ -1651,8 +1780,19 @@ to_jpeg(plot_images(sample_images, sample_boxes, found))
 def evaluate_detector(detector: Detector, rows: Dataset, show_progress: bool = True) -> list[dict]:
     """Ask the detector about every row. One record per image, in the order of the rows: see `add_answer`.
 
-    Batches that do not fit into a GPU's memory are halved.
+    Processes of torchrun ask about a share each, and all get the records of all; of a sharded model all ask together.
     """
+    if not torch.distributed.is_initialized() or isinstance(detector.model, FSDPModule):
+        return ask_about_all(detector, rows, show_progress)
+    rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    share = rows.select(range(len(rows) * rank // processes, len(rows) * (rank + 1) // processes))
+    shares = [None] * processes
+    torch.distributed.all_gather_object(shares, ask_about_all(detector, share, show_progress and rank == 0))
+    return [record for share in shares for record in share]
+
+
+def ask_about_all(detector: Detector, rows: Dataset, show_progress: bool) -> list[dict]:
+    """`evaluate_detector` in one process. Batches that do not fit into a GPU's memory are halved."""
     detector.model.eval()
     batch_size = detector.batch_size or (64 if torch.cuda.is_available() else 32)
     try:
@@ -1662,7 +1802,7 @@ def evaluate_detector(detector: Detector, rows: Dataset, show_progress: bool = T
             raise
     print(f"out of memory with {batch_size} images at once: going on with {batch_size // 2}")
     release_memory()
-    return evaluate_detector(replace(detector, batch_size=batch_size // 2), rows, show_progress)
+    return ask_about_all(replace(detector, batch_size=batch_size // 2), rows, show_progress)
 
 
 def ask_in_batches(detector: Detector, rows: Dataset, show_progress: bool) -> list[dict]:
@@ -1914,9 +2054,8 @@ compare_table(measured)[SHOWN].T
 
 # %%
 #| export runs: The folder that a run leaves: how it was made, its log, its results.
-LORA = ["lora_target_modules", "lora_rank", "lora_alpha"]
-TASK = [part.name for part in fields(Task)]
-DECISIVE = ["train_vision", "precision", *LORA, "learning_rate", "collator", *TASK, "schedule", "rows", "base_hash"]
+HOW = ["train_vision", "precision", "lora_target_modules", "lora_rank", "lora_alpha", "learning_rate", "collator"]
+DECISIVE = [*HOW, "loss_function", *(part.name for part in fields(Task)), "schedule", "rows", "base_hash"]
 
 
 class OtherRunError(ValueError):
@@ -1971,17 +2110,16 @@ class RunFolder:
 
     def write_records(self, records: Sequence[dict], about: dict | None = None) -> dict:
         """Write `predictions.jsonl`, and `metrics.json` with metrics, intervals and what they are about: returned."""
-        metrics = summarize(records) | {
-            "iou_threshold": 0.5,
-            "intervals": bootstrap_intervals(records),
-            "about": about,
-        }
+        metrics = summarize(records) | {"iou_threshold": 0.5, "intervals": bootstrap_intervals(records)}
+        metrics |= {"about": about}
         lines = "".join(json.dumps(record) + "\n" for record in records)
         write_file(self.path / "predictions.jsonl", lines.encode())
         write_json(self.path / "metrics.json", metrics)
         return metrics
 
 
+# %%
+#| export runs
 def write_json(file: Path, value: dict) -> None:
     """Write JSON for people to read."""
     write_file(file, json.dumps(value, indent=2).encode() + b"\n")
@@ -1991,8 +2129,11 @@ def write_file(file: Path, content: bytes) -> None:
     """Write through a temporary file: whoever is interrupted keeps the old file, never half of the new one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(file)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)  # a part of it would fill a disk that is full already
 
 
 # %%
@@ -2014,11 +2155,12 @@ print((output_dir / "base/predictions.jsonl").read_text().splitlines()[0])
 # | as planned here | **11.5**, 115 | **6.7**, 117 | **6.2**, 118 |
 # | with `PRECISION = "fp8"` | 15.5, 128 | | 6.7, 74 |
 # | planned for a GPU of 24 GB | 8.0, 16 | | 4.5, 20 |
-# | images of four sizes: stock, as planned | 3.9, 11.6 | | 2.9, 5.5 |
+# | images of four sizes: stock, as planned | 3.6, 12.0 | | 2.7, 5.6 |
 #
 # Left out one at a time, r1 falls from 11.5 to 4.5 with 2 images at once and activations computed twice, to 7.8
-# without compiling, and to 8.7 without keeping features. Over 30 steps its mean loss differs from that of stock (the
-# vision tower in 16 bits in both) by 0.7 %.
+# without compiling, and to 8.7 without keeping features. Over 30 steps the mean loss of r4 differs from that of stock
+# (the vision tower in 16 bits in both) by 0.1 %. It was 1.6 % with compiled layers as PyTorch makes them, which skip
+# the rounding between two operations of one kernel: made to round as the others do, they are as fast.
 #
 # **Many images at once, activations kept if there is room.** Gradient checkpointing computes each layer twice to save
 # memory. Where memory is not short, that is a third more work for nothing. So the plan is made from the free memory:
@@ -2074,9 +2216,14 @@ def count_trained(model: PreTrainedModel, recipe: TrainingRecipe) -> int:
 
 
 def free_memory() -> int:
-    """Bytes that can still be taken, of all visible GPUs together; without a GPU, of the machine's memory."""
+    """Bytes that can still be taken, of all visible GPUs together; without a GPU, of the machine's memory.
+
+    Under torchrun a process has one of the GPUs.
+    """
     if not torch.cuda.is_available():
         return psutil.virtual_memory().available
+    if "LOCAL_RANK" in os.environ:
+        return torch.cuda.mem_get_info(int(os.environ["LOCAL_RANK"]))[0]
     return sum(torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count()))
 
 
@@ -2167,6 +2314,7 @@ def compile_layers(model: PreTrainedModel, recipe: TrainingRecipe) -> None:
     torch._dynamo.reset()  # what was compiled for another recipe counts towards the limit of recompilations
     torch._dynamo.utils.counters.clear()
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._inductor.config.emulate_precision_casts = True  # rounds where layers that are not compiled round
     blocks = [] if recipe.train_vision == "frozen" else model.model.visual.blocks
     for layer in [*model.model.language_model.layers, *blocks]:
         layer.compile()
@@ -2223,8 +2371,7 @@ def cache_features(visual: PreTrainedModel, folder: Path) -> None:
 # through them in a loop, in every block, and asks the GPU for their lengths each time. Pieces of equal size can be
 # stacked instead, others filled up to the longest, with a mask. Where all images have one size that gains little (13.6
 # images per second in place of 13.3 when a batch of 64 is answered); for windows of three sizes it is the difference
-# between 2.0 and 7.6 images per second (r4 of Qwen2.5-VL-7B). The table's line with images of four sizes was measured
-# before, with the loop.
+# between 2.0 and 7.6 images per second (r4 of Qwen2.5-VL-7B).
 
 
 # %%
@@ -2234,17 +2381,16 @@ PACKED = "packed_sdpa_not_flash"  # transformers hands the lengths of the images
 
 def attend_images(module, query, key, value, attention_mask=None, cu_seq_lens_q=None, max_length_q=None, **options):
     """Attention within each of several packed images or windows, (1, heads, patches, width); all of them at once."""
-    images, places, packed = (
-        len(cu_seq_lens_q) - 1,
-        torch.arange(query.shape[2], device=query.device),
-        (query, key, value),
-    )
+    images, packed = len(cu_seq_lens_q) - 1, [tensor.squeeze(0) for tensor in (query, key, value)]
+    places = torch.arange(query.shape[2], device=query.device)
     if images * max_length_q == query.shape[2]:  # the mean length is the largest: all are equal
-        stacked = [tensor[0].unflatten(1, (images, max_length_q)).transpose(0, 1) for tensor in packed]
+        stacked = [tensor.unflatten(1, (images, max_length_q)).transpose(0, 1) for tensor in packed]
         return scaled_dot_product_attention(*stacked).transpose(1, 2).flatten(0, 1)[None], None
     starts, ends = cu_seq_lens_q[:-1, None], cu_seq_lens_q[1:, None]
     filled = starts + torch.arange(8 * math.ceil(max_length_q / 8), device=query.device)  # (images, longest)
-    stacked = [tensor[0][:, filled.clamp(max=len(places) - 1)].transpose(0, 1) for tensor in packed]
+    # the backward pass of `embedding` is faster than that of an index
+    stacked = [embedding(filled.clamp(max=len(places) - 1), tensor.transpose(0, 1).flatten(1)) for tensor in packed]
+    stacked = [tensor.unflatten(2, (query.shape[1], -1)).transpose(1, 2) for tensor in stacked]
     attended = scaled_dot_product_attention(*stacked, (filled < ends)[:, None, None]).transpose(1, 2)
     image = torch.bucketize(places, ends.flatten(), right=True)
     return attended[image, places - starts.flatten()[image]][None], None
@@ -2388,12 +2534,13 @@ def create_training_config(recipe: TrainingRecipe, settings: SimpleNamespace, pl
         dataloader_num_workers=min(8, os.cpu_count() // 2) if on_gpu else 0,
         seed=settings.seed,
         report_to=settings.report_to,
+        project=os.environ.get("WANDB_PROJECT", Path(settings.output_dir).resolve().name),  # of trackers
         logging_steps=5,
         disable_tqdm=True,  # TrainingProgress takes its place
         **OPTIMISATION,
         **EXAMPLES,
-        eval_steps=1 / settings.evaluations,  # of all steps
-        save_steps=1 / settings.evaluations,
+        eval_steps=min(1 / settings.evaluations, 0.999999),  # of all steps; 1 would be every step
+        save_steps=min(1 / settings.evaluations, 0.999999),
         **VALIDATION,
         **CHECKPOINTS,
         **SELECTION,
@@ -2406,7 +2553,10 @@ def create_training_config(recipe: TrainingRecipe, settings: SimpleNamespace, pl
 # %%
 #| export training
 class TrainingProgress(ProgressCallback):
-    """One bar with the latest loss, the same in notebooks, terminals and log files; tells `mirroring` the epoch."""
+    """One bar with the latest loss, the same in notebooks, terminals and log files; `progress.json` for who watches.
+
+    Tells `mirroring` the epoch.
+    """
 
     def __init__(self, mirroring: Mirroring):
         super().__init__()
@@ -2422,6 +2572,11 @@ class TrainingProgress(ProgressCallback):
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+        if state.is_world_process_zero:
+            shown = ("loss", "eval_mean_iou")
+            latest = {name: entry[name] for entry in state.log_history for name in shown if name in entry}
+            progress = {"step": state.global_step, "steps": state.max_steps} | latest
+            write_json(Path(args.output_dir) / "progress.json", progress)
 
     def on_prediction_step(self, *arguments, **options):
         """No bar for the validation loss."""
@@ -2479,7 +2634,7 @@ class CheckpointingTrainer(SFTTrainer):
     """SFTTrainer whose checkpoints are whole, hold what is trained, and are read back or refused."""
 
     def _save_checkpoint(self, model, trial) -> None:
-        """A checkpoint gets its name when it is whole; only then may an older one be deleted."""
+        """A checkpoint gets its name when it is whole; then an older one may go."""
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         self.args.output_dir = str(folder / "unfinished")
         super()._save_checkpoint(model, trial)
@@ -2508,10 +2663,18 @@ class CheckpointingTrainer(SFTTrainer):
         return super()._finalize_training(*arguments)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Adapters as usual; of other models the trained weights, by their names in memory."""
+        """Adapters as usual; of other models the trained weights, by their names in memory.
+
+        Of a sharded model `state_dict` has the whole weights, in the first process only.
+        """
         if isinstance(self.model, PeftModel):
             return super()._save(output_dir, state_dict)
-        trained = {name: p.data.contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
+        if not self.is_world_process_zero():
+            return
+        trained = {name: p.data for name, p in self.model.named_parameters() if p.requires_grad}
+        if self.is_fsdp_enabled:
+            trained = {name: state_dict[name] for name in trained}
+        trained = {name: tensor.contiguous() for name, tensor in trained.items()}
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(trained, Path(output_dir) / "model.safetensors", metadata={"format": "pt"})
 
@@ -2524,14 +2687,27 @@ class CheckpointingTrainer(SFTTrainer):
 
 
 # %%
+names = [name for name, _ in empty_model.named_parameters()]
+trained = [name for name in names if area_of(name) == "visual"]
+print(f"a checkpoint of r2 holds {len(trained)} of the model's {len(names)} tensors, the first as {trained[0]}")
+
+
+# %%
 #| export training
 class DetectionTrainer(CheckpointingTrainer):
     """Trains a detector, and asks it about `validation_rows` at every evaluation."""
 
-    def __init__(self, detector: Detector, validation_rows: Dataset, micro_batch_size: int, **arguments):
+    def __init__(
+        self,
+        detector: Detector,
+        validation_rows: Dataset,
+        micro_batch_size: int,
+        loss_function: Callable | None = None,
+        **arguments,
+    ):
         super().__init__(model=detector.model, processing_class=detector.processor, **arguments)
         self.detector, self.validation_rows = replace(detector, model=self.model), validation_rows
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size, self.loss_function = micro_batch_size, loss_function
 
     def evaluate(self, *arguments, **options) -> dict[str, float]:
         """The loss as usual, the mean IoU, and `eval_selection`, by which the best checkpoint is chosen."""
@@ -2541,6 +2717,16 @@ class DetectionTrainer(CheckpointingTrainer):
         mean_iou = summarize(records)["mean_iou"]
         self.log({"eval_mean_iou": mean_iou})
         return metrics | {"eval_mean_iou": mean_iou, "eval_selection": mean_iou - 1e-6 * metrics["eval_loss"]}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The recipe's loss, if it has its own; evaluations keep cross-entropy, in which recipes can be compared."""
+        if self.loss_function is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels, others = inputs["labels"], {name: inputs[name] for name in inputs if name != "labels"}
+        first = max(1, (labels != -100).any(dim=0).nonzero()[0].item())  # no logits before: the vocabulary is large
+        logits = model(**others, use_cache=False, logits_to_keep=labels.shape[1] - first + 1).logits
+        loss = self.loss_function(logits[:, :-1], labels[:, first:], num_items_in_batch)
+        return loss * self.accelerator.num_processes  # which share the tokens that were counted; DDP takes the mean
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """A step in micro-batches; logs gradient norms by area. Raises RuntimeError where one is 0, or no number."""
@@ -2571,11 +2757,28 @@ class DetectionTrainer(CheckpointingTrainer):
         return self.add_gradients(model, inputs, num_items_in_batch)
 
 
+# %% [markdown]
+# Two towers of one layer each, of which the first has no part in the result. Its norm is 0: that would stop the run.
+
+
+# %%
+#| export training
 def gradient_norms(model: torch.nn.Module) -> dict[str, float]:
     """L2 norm of the gradient of all trained parameters, by area."""
     gradients = [(area_of(name), p.grad) for name, p in model.named_parameters() if p.grad is not None]
     by_area = {area: [gradient for other, gradient in gradients if other == area] for area, _ in gradients}
     return {area: torch.nn.utils.get_total_norm(tensors).item() for area, tensors in by_area.items()}
+
+
+# %%
+towers = torch.nn.ModuleDict({area: torch.nn.Linear(2, 1) for area in ("visual", "language_model")})
+seen, read = (tower(torch.ones(1, 2)) for tower in towers.values())
+(0 * seen + read).backward()
+print(gradient_norms(towers))
+
+# %% [markdown]
+# One function puts it together, in an order that matters: what is frozen is settled before adapters are added, weights
+# become float32 before the check, and layers are compiled last, when nothing in them changes any more.
 
 
 # %%
@@ -2598,6 +2801,7 @@ def build_trainer(
         detector,
         splits.validation,
         plan.micro_batch_size,
+        recipe.loss_function and recipe.loss_function(detector.processor),
         args=create_training_config(recipe, settings, plan),
         train_dataset=to_training_dataset(splits.train, detector.task, mirroring),
         eval_dataset=to_training_dataset(splits.validation, detector.task, Mirroring()),
@@ -2605,7 +2809,12 @@ def build_trainer(
         peft_config=build_lora_config_for_recipe(recipe),
         callbacks=[TrainingProgress(mirroring)],
     )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
+        raise RuntimeError("FSDP was asked for, but accelerate shards on GPUs only: leave it out, or use GPUs.")
     trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = f"{trainer.args.output_dir}/tensorboard"  # else named by date and host
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -2615,6 +2824,9 @@ def build_trainer(
     if can_compile(settings):
         compile_layers(model, recipe)
     print(describe_plan(plan))
+    if (processes := trainer.args.world_size) > 1:
+        images = trainer.args.per_device_train_batch_size
+        print(f"{processes} processes with {images} images each: {processes * images} images a step")
     return trainer
 
 
@@ -2649,6 +2861,7 @@ def describe_run(recipe: TrainingRecipe, settings: SimpleNamespace, splits: Spli
     names = "num_epochs", "max_steps", "batch_size", "evaluations", "flip_probability", "max_new_tokens", "seed"
     made = {"started_from": start, "base_hash": hash_weights(start)}
     made["lora_target_modules"] = recipe.lora_target_modules
+    made["loss_function"] = recipe.loss_function and recipe.loss_function.__name__
     made["schedule"] = {name: getattr(settings, name) for name in names}
     made["rows"] = {"train": hash_rows(splits.train), "validation": hash_rows(splits.validation)}
     given = json.loads(json.dumps(vars(settings), default=str))
@@ -2701,7 +2914,7 @@ def run_recipe(
 
 def adjust(recipe: TrainingRecipe, settings: SimpleNamespace) -> TrainingRecipe:
     """A recipe with the learning rate, precision and rank that the settings name for it, if they do."""
-    changes = {"learning_rate": settings.learning_rates.get(recipe.name, recipe.learning_rate)}
+    changes = {"learning_rate": float(settings.learning_rates.get(recipe.name, recipe.learning_rate))}
     if settings.precision and recipe.train_llm == "lora":
         changes["precision"] = settings.precision
     if settings.lora_rank:
@@ -2726,6 +2939,10 @@ def train(recipe: TrainingRecipe, settings: SimpleNamespace, splits: Splits, sta
     if interrupted := find_checkpoint(run.path):
         print(f"going on from {interrupted}")
         trainer.args.eval_on_start = False
+    if settings.report_to == "wandb" and trainer.is_world_process_zero():
+        wandb = importlib.import_module("wandb")  # the Trainer would go on with the run of the recipe before
+        wandb.finish()
+        wandb.init(project=trainer.args.project, name=recipe.name)
     trainer.train(resume_from_checkpoint=interrupted)
     if can_compile(settings):
         print(describe_compilation())
@@ -2734,6 +2951,16 @@ def train(recipe: TrainingRecipe, settings: SimpleNamespace, splits: Splits, sta
     return run
 
 
+# %% [markdown]
+# Rates and precisions that the settings name take the place of the recipes' own. In this run:
+
+# %%
+named = {name: asdict(adjust(recipe, settings)) for name, recipe in CATALOGUE.items() if not recipe.stages}
+pd.DataFrame(named).loc[["learning_rate", "precision", "lora_rank"]]
+
+
+# %%
+#| export training
 def clear(folder: Path) -> None:
     """Delete what a run left."""
     for path in folder.glob("*"):
@@ -2748,16 +2975,6 @@ def find_checkpoint(folder: Path) -> str | None:
     return get_last_checkpoint(folder) if folder.is_dir() else None
 
 
-# %% [markdown]
-# Rates and precisions that the settings name take the place of the recipes' own. In this run:
-
-# %%
-named = {name: asdict(adjust(recipe, settings)) for name, recipe in CATALOGUE.items() if not recipe.stages}
-pd.DataFrame(named).loc[["learning_rate", "precision", "lora_rank"]]
-
-
-# %%
-#| export training
 def delete_checkpoints(folder: Path) -> None:
     """Delete the checkpoints of a run, also one that was never finished."""
     for leftover in [*folder.glob("checkpoint-*"), *folder.glob("unfinished")]:
@@ -2769,15 +2986,23 @@ def save_trained(trainer: DetectionTrainer, run: RunFolder, provenance: dict) ->
     if not isinstance(trainer.model, PeftModel):
         trainer.model.to(best_dtype())  # trained in float32, used in what it was loaded in
     trainer.save_state()
+    whole = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     trainer.accelerator.wait_for_everyone()  # under torchrun, others may still be reading the best checkpoint
     if trainer.is_world_process_zero():
-        trainer.model.save_pretrained(run.path)
+        trainer.model.save_pretrained(run.path, state_dict=whole)
         trainer.processing_class.save_pretrained(run.path)
         write_json(run.path / "recipe.json", provenance | {"steps": trainer.state.global_step})
         delete_checkpoints(run.path)
     trainer.accelerator.wait_for_everyone()  # the next stage reads what the first process wrote
 
 
+# %% [markdown]
+# What is on disk comes back in the precision of its training, or in another one that is asked for. On a GPU with room
+# for it, weights of 4 bits are unpacked once: the same numbers, without unpacking them again for every product.
+
+
+# %%
+#| export training
 def load_trained_model(folder: Path, precision: str | None = None) -> PreTrainedModel:
     """A full checkpoint, or an adapter on its base, in the precision of its training, or in another.
 
@@ -2786,11 +3011,11 @@ def load_trained_model(folder: Path, precision: str | None = None) -> PreTrained
     saved, is_adapter = RunFolder(folder).read_recipe(), (folder / "adapter_config.json").exists()
     precision, beside = precision or saved["precision"], folder / saved["base"]  # which was moved with it, if it was
     base = str(folder) if not is_adapter else str(beside) if beside.is_dir() else saved["started_from"]
-    if is_adapter and Path(base).is_dir() and hash_weights(base) != saved.get("base_hash", hash_weights(base)):
+    if is_adapter and "base_hash" in saved and Path(base).is_dir() and hash_weights(base) != saved["base_hash"]:
         raise ValueError(f"{folder} was trained on other weights than those in {base}: bring its base back there.")
     model = load_model(base, precision == "nf4", best_dtype())
     if precision == "nf4" and torch.cuda.is_available() and free_memory() > 5 * model.get_memory_footprint():
-        model.dequantize(best_dtype())  # the same numbers, unpacked once in place of once a product
+        model.dequantize(best_dtype())
     use_packed_attention(model)
     if is_adapter:
         model = PeftModel.from_pretrained(model, str(folder)).to(best_dtype())  # its weights come in float32
@@ -2811,15 +3036,16 @@ def evaluate_run(run: RunFolder, settings: SimpleNamespace, rows: Dataset) -> di
 
     Nothing is loaded where that was done already.
     """
-    file, limits = (
-        run.path / "metrics.json",
-        {"max_new_tokens": settings.max_new_tokens, "max_pixels": settings.max_pixels},
-    )
+    file = run.path / "metrics.json"
+    limits = {"max_new_tokens": settings.max_new_tokens, "max_pixels": settings.max_pixels}
     about = limits | {"rows": hash_rows(rows)}
     known = json.loads(file.read_text()) if file.exists() else {}
     if known.get("about") == about:
         return known
-    return run.write_records(evaluate_detector(load_detector(run.path, settings), rows), about)
+    records = evaluate_detector(load_detector(run.path, settings), rows)
+    if int(os.environ.get("RANK", 0)) > 0:  # of torchrun's processes, which had a share each, the first one writes
+        return summarize(records)
+    return run.write_records(records, about)
 
 
 # %% [markdown]
@@ -2915,21 +3141,26 @@ compare_table({"same box": same_box_records} | by_collator)[SHOWN].T
 
 # %%
 def train_and_measure(recipe: TrainingRecipe, costs: dict[str, dict]) -> dict[str, float]:
-    """Train one recipe; minutes (with those of a first stage in `costs`), and megabytes before, at the peak, after."""
+    """Train and evaluate one recipe; what the training took.
+
+    Minutes (with those of a first stage in `costs`), and megabytes before, at the peak, after.
+    """
     print(f"{recipe.name}: {recipe.description}")
     before, started = allocated_megabytes(), time.perf_counter()
     is_new = not RunFolder(output_dir / recipe.name).read_state() or settings.again
     first_stage = next((stage for stage in recipe.stages[:1] if stage in costs and is_new), None)
-    run_recipe(recipe, settings, splits, output_dir / first_stage if first_stage else None)
+    run = run_recipe(recipe, settings, splits, output_dir / first_stage if first_stage else None)
     release_memory()
     minutes = (time.perf_counter() - started) / 60 + (costs[first_stage]["minutes"] if first_stage else 0)
     peak = torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else math.nan
     megabytes = {"before (MB)": before, "peak on the GPU (MB)": peak, "after (MB)": allocated_megabytes()}
+    evaluate_run(run, settings, splits.evaluation)
+    release_memory()
     return {"minutes": minutes} | megabytes
 
 
 training_costs = {}
-for recipe in get_recipes(settings.recipes):
+for recipe in (CATALOGUE[name] for name in settings.recipes):
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     training_costs[recipe.name] = train_and_measure(recipe, training_costs)
@@ -3177,13 +3408,13 @@ MODEL_CARD = """# {base}, fine-tuned for object detection on {dataset}
 
 Trained with the recipe `{recipe}` ({description}) to detect: {labels}. Ask it with the system message
 
-> {task.system_message}
+> {system_message}
 
 and, after the image, with the prompt
 
-> {task.question}
+> {question}
 
-It answers as in `{example}`, with boxes x1, y1, x2, y2 {coordinates}. The processor in this folder resizes images to
+It answers as in {example}, with boxes x1, y1, x2, y2 {coordinates}. The processor in this folder resizes images to
 at most {max_pixels} pixels. It does not turn a PIL image upright: apply its EXIF orientation first
 (`PIL.ImageOps.exif_transpose`). Measured on the evaluation split, greedy answers:
 
@@ -3195,19 +3426,27 @@ COORDINATES = {
 }
 
 
+def as_code(text: str) -> str:
+    """A text on one line, of which Markdown and HTML change no letter."""
+    line = " ".join(text.split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if len(fence) > 1 else f"`{line}`"
+
+
 def write_model_card(folder: Path, metrics: dict) -> None:
     """Write `README.md` for a run or a merged model: metadata that the hub reads, task, metrics."""
     saved, task = RunFolder(folder).read_recipe(), RunFolder(folder).read_task()
     base, dataset = saved["settings"]["model_id"], saved["settings"]["dataset_id"]
     lines = "\n".join(f"- {name}: {value:.3f}" for name, value in metrics.items() if value is not None)
     text = MODEL_CARD.format(
-        base=base,
-        dataset=dataset,
+        base=as_code(base),
+        dataset=as_code(dataset),
         recipe=saved["name"],
         description=saved["description"],
-        labels=", ".join(task.labels),
-        task=task,
-        example=format_answer(task.labels[:1], [[120, 240, 480, 960]], task.family).replace("\n", " "),
+        labels=", ".join(map(as_code, task.labels)),
+        system_message=as_code(task.system_message),
+        question=as_code(task.question),
+        example=as_code(format_answer(task.labels[:1], [[120, 240, 480, 960]], task.family)),
         coordinates=COORDINATES[get_family(task.family).coordinates],
         max_pixels=task.pixel_budget["max_pixels"],
         metrics=lines,
@@ -3276,4 +3515,5 @@ release_memory()
 #    write where there is nothing (`python -m helpers.evaluation`)?
 #
 # Where to go on: the topic notebooks in `notebooks/`, from the tiny world (00) over data, model, preprocessing,
-# evaluation and data types to quantisation (06).
+# evaluation and data types to quantisation (06), then beyond supervised training (07), and to when a box may be acted
+# on (08).

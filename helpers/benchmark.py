@@ -6,6 +6,7 @@
     python -m helpers.benchmark --processor FOLDER --mixed        # images of four sizes instead of one
     python -m helpers.benchmark --processor FOLDER --whose ours --without compile              # what a lever gains
     python -m helpers.benchmark --processor FOLDER --only r4-joint --epochs 3       # a whole run, by parts
+    python -m helpers.benchmark --processor FOLDER --only r5-iou-reward --steps 3    # GRPO; answers of 256 tokens
     python -m helpers.benchmark --processor FOLDER --size qwen3-vl-8b    # another model (--count: what is trained)
     python -m helpers.benchmark --processor FOLDER --build-only   # leaves a model and a dataset for the notebook
 
@@ -21,7 +22,7 @@ bfloat16 matrices. `--size tiny` with the embedded model's processor (helpers/ti
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +59,7 @@ from helpers.generation import Detector, generate, to_questions
 from helpers.loading import KEPT_MODULES, best_dtype, build_empty_model, load_model, load_processor, release_memory
 from helpers.quantization import PUBLISHED_SIZES, describe_text
 from helpers.recipes import CATALOGUE, TrainingRecipe, apply_freeze_policy, build_lora_config_for_recipe
+from helpers.reward import R5, run_reward_recipe
 from helpers.runs import RunFolder, write_json
 from helpers.speed import count_trained, free_memory, plan_memory
 from helpers.tiny.packages import draw_dataset
@@ -314,6 +316,25 @@ def measure_whole_run(name: str, rows: Dataset, arguments: argparse.Namespace) -
     return pd.DataFrame({"seconds": parts | {"together": sum(parts.values())}}).round(1)
 
 
+def measure_reward(rows: Dataset, arguments: argparse.Namespace) -> pd.DataFrame:
+    """Seconds of each step of r5-iou-reward from an untrained adapter of r4-joint, and the highest peak in GiB.
+
+    Random weights do not end their answers, so each of them has all of its 256 tokens.
+    """
+    settings, recipe, start = create_settings(arguments), CATALOGUE["r4-joint"], arguments.output / "start"
+    model = load_model(settings.model_id, recipe.quantized, best_dtype())
+    apply_freeze_policy(model, recipe)
+    get_peft_model(model, build_lora_config_for_recipe(recipe)).save_pretrained(start)
+    write_json(start / "recipe.json", asdict(recipe) | {"base": "../model", "started_from": settings.model_id})
+    del model
+    release_memory()
+    settings.max_new_tokens, settings.evaluations, settings.again = 256, 1, True
+    few = rows.select(range(min(len(rows), 16)))
+    run = run_reward_recipe(settings, Splits(rows, few, few, LABELS), start)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else np.nan
+    return pd.DataFrame({"seconds": run.read_log("step_time"), "peak (GiB)": peak}).rename_axis("step").round(1)
+
+
 def build_stock_trainer(
     recipe: TrainingRecipe, settings: SimpleNamespace, rows: Dataset, kept_modules: list[str] | None
 ) -> SFTTrainer:
@@ -539,6 +560,11 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
                 table = measure_generation(detector, rows, arguments.batch_sizes)
                 print(f"{precision}\n{table.to_string()}", flush=True)
                 del detector
+        elif name == R5.name:
+            rows = load_rows(str(data), "train", None, 0)
+            rows = rows.select([number % len(rows) for number in range(arguments.steps * arguments.batch_size)])
+            table = measure_reward(rows, arguments)
+            print(f"{name}, {arguments.batch_size} images a step\n{table.to_string()}", flush=True)
         elif arguments.epochs:
             table = measure_whole_run(name, load_rows(str(data), "train", None, 0), arguments)
             print(f"{name}, {arguments.epochs} epochs of {RUN_IMAGES[0]:,} images\n{table.to_string()}", flush=True)

@@ -18,10 +18,7 @@ from helpers.loading import pixel_budget
 SYSTEM_MESSAGE = "You are a vision language model that locates objects on food packages."
 PROMPT = "Detect every {label}. Answer with label and box of each as label(x1,y1),(x2,y2) on a grid from 0 to 1000."
 JSON_PROMPT = 'Detect every {label}. Answer in JSON, a list of {{"bbox_2d": [x1, y1, x2, y2], "label": "..."}}.'
-NOTHING = {
-    "tokens": "",
-    "json": "```json\n[]\n```",
-}  # the answer where there is no object: ends at once, or an empty list
+NOTHING = {"tokens": "", "json": "```json\n[]\n```"}  # where there is no object: ends at once, or an empty list
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def drop_bad_rows(rows: Dataset) -> Dataset:
     """
     raw, workers = rows.cast_column("image", ImageFeature(decode=False)), min(os.cpu_count(), len(rows) // 5000)
     find = {"function": find_problem, "remove_columns": raw.column_names, "desc": "checking rows"}
-    problems = raw.map(**find, num_proc=workers if workers > 1 else None)["problem"]
+    problems = raw.map(**find, num_proc=workers if workers > 1 else None)["problem"] if len(rows) else []
     kept = [number for number, problem in enumerate(problems) if not problem]
     for image_id, problem in zip(rows["image_id"], problems, strict=True) if len(kept) < len(rows) else []:
         if problem:
@@ -78,6 +78,9 @@ def drop_bad_rows(rows: Dataset) -> Dataset:
     return rows.select(kept)
 
 
+LARGEST_RATIO = 200  # of the sides of an image, beyond which Qwen's processors raise an error
+
+
 def find_problem(row: dict) -> dict[str, str]:
     """`describe_problem` as a column of a dataset, empty where there is none."""
     return {"problem": describe_problem(row) or ""}
@@ -85,16 +88,43 @@ def find_problem(row: dict) -> dict[str, str]:
 
 def describe_problem(row: dict) -> str | None:
     """Why a row with an undecoded image (`{"bytes", "path"}`) cannot be used, or None."""
-    for y_min, x_min, y_max, x_max in row["objects"]["bbox"]:
-        if not (0 <= y_min < y_max <= 1 and 0 <= x_min < x_max <= 1):
-            return f"box {[y_min, x_min, y_max, x_max]} is not 0 <= min < max <= 1"
+    if problem := describe_objects_problem(row["objects"]):
+        return problem
     try:
         image = open_encoded(row["image"])
+        size = image.size
         image.draft("RGB", (256, 256))  # a JPEG is read to its end, but unpacked at a fraction of its size: faster
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"image cannot be decoded ({type(error).__name__})"
+        ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise many kinds of them
+        return f"image cannot be decoded ({type(error).__name__})" if row["image"] else "there is no image"
+    if image.mode == "F":
+        return "the image is in floating point: save it in 8 or 16 bits"
+    if max(size) > LARGEST_RATIO * min(size):
+        return f"one side of {size[0]} x {size[1]} pixels is more than {LARGEST_RATIO} times the other"
     return None
+
+
+def to_upright_rgb(image: Image.Image) -> Image.Image:
+    """An image as it is displayed, 8 bits a colour; of 16 bits the upper 8 are kept, where Pillow makes most white."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):
+        upright = Image.fromarray((np.asarray(upright).clip(0, 65535) // 256).astype(np.uint8))
+    return upright.convert("RGB")
+
+
+def describe_objects_problem(objects: dict[str, list]) -> str | None:
+    """What is wrong with the boxes and labels of a row, or None."""
+    boxes, labels = (objects or {}).get("bbox"), (objects or {}).get("category_name", [])
+    if boxes is None or labels is None:
+        return "there are no objects: give empty lists for an image that has none"
+    for box in boxes:
+        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)):
+            return f"box {box} is not four numbers"
+        if not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+            return f"box {box} is not 0 <= min < max <= 1"
+    if wrong := [v for v in labels if not isinstance(v, str) or not v.strip() or re.search(r"[<{}\x00-\x1f]", v)]:
+        return f"label {wrong[0]!r} is not a text, or holds <, braces or a line break, which would not be read back"
+    return None if len(labels) == len(boxes) else f"{len(boxes)} boxes, but {len(labels)} labels"
 
 
 def open_encoded(encoded: dict) -> Image.Image:
@@ -151,11 +181,14 @@ def keep_labels(rows: Dataset, labels: Sequence[str]) -> Dataset:
     return rows.map(keep, input_columns="objects")
 
 
+def read_barcode(meta: object) -> str | None:
+    """The barcode in what is known of an image, None where there is none."""
+    return (meta.get("barcode") or None) if isinstance(meta, dict) else None
+
+
 def read_barcodes(rows: Dataset) -> list[str | None]:
     """The barcode of every row, None where the dataset gives none."""
-    if "meta" not in rows.column_names:
-        return [None] * len(rows)
-    return [meta.get("barcode") or None for meta in rows["meta"]]
+    return [read_barcode(meta) for meta in (rows["meta"] if "meta" in rows.column_names else [None] * len(rows))]
 
 
 def drop_shared_barcodes(rows: Dataset, others: Dataset) -> Dataset:
@@ -183,7 +216,7 @@ def hold_back(rows: Dataset, samples: int, seed: int) -> tuple[Dataset, Dataset]
 
 def read_row(row: dict) -> tuple[Image.Image, list[list[float]], list[str]]:
     """A dataset row as upright RGB image, its boxes `[x1, y1, x2, y2]` in pixels, and their labels."""
-    image = ImageOps.exif_transpose(row["image"]).convert("RGB")
+    image = to_upright_rgb(row["image"])
     fractions = np.reshape(row["objects"]["bbox"], (-1, 4))[:, [1, 0, 3, 2]]
     return image, (fractions * (image.size * 2)).tolist(), list(row["objects"]["category_name"])
 

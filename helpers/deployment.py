@@ -3,6 +3,7 @@
 Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `make sync`.
 """
 
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -27,13 +28,13 @@ MODEL_CARD = """# {base}, fine-tuned for object detection on {dataset}
 
 Trained with the recipe `{recipe}` ({description}) to detect: {labels}. Ask it with the system message
 
-> {task.system_message}
+> {system_message}
 
 and, after the image, with the prompt
 
-> {task.question}
+> {question}
 
-It answers as in `{example}`, with boxes x1, y1, x2, y2 {coordinates}. The processor in this folder resizes images to
+It answers as in {example}, with boxes x1, y1, x2, y2 {coordinates}. The processor in this folder resizes images to
 at most {max_pixels} pixels. It does not turn a PIL image upright: apply its EXIF orientation first
 (`PIL.ImageOps.exif_transpose`). Measured on the evaluation split, greedy answers:
 
@@ -45,19 +46,27 @@ COORDINATES = {
 }
 
 
+def as_code(text: str) -> str:
+    """A text on one line, of which Markdown and HTML change no letter."""
+    line = " ".join(text.split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if len(fence) > 1 else f"`{line}`"
+
+
 def write_model_card(folder: Path, metrics: dict) -> None:
     """Write `README.md` for a run or a merged model: metadata that the hub reads, task, metrics."""
     saved, task = RunFolder(folder).read_recipe(), RunFolder(folder).read_task()
     base, dataset = saved["settings"]["model_id"], saved["settings"]["dataset_id"]
     lines = "\n".join(f"- {name}: {value:.3f}" for name, value in metrics.items() if value is not None)
     text = MODEL_CARD.format(
-        base=base,
-        dataset=dataset,
+        base=as_code(base),
+        dataset=as_code(dataset),
         recipe=saved["name"],
         description=saved["description"],
-        labels=", ".join(task.labels),
-        task=task,
-        example=format_answer(task.labels[:1], [[120, 240, 480, 960]], task.family).replace("\n", " "),
+        labels=", ".join(map(as_code, task.labels)),
+        system_message=as_code(task.system_message),
+        question=as_code(task.question),
+        example=as_code(format_answer(task.labels[:1], [[120, 240, 480, 960]], task.family)),
         coordinates=COORDINATES[get_family(task.family).coordinates],
         max_pixels=task.pixel_budget["max_pixels"],
         metrics=lines,

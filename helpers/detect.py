@@ -4,7 +4,10 @@
 
 FOLDER gets detections.json (COCO results: `bbox` is [x, y, width, height] in pixels of the picture as it is displayed,
 `score` the geometric mean of the probabilities of its tokens), images.json (the pictures and categories that the
-results refer to by their ids), and every picture with its boxes. In Python:
+results refer to by their ids), and every picture with its boxes. With --accept-threshold (`python -m helpers.trust`
+names one that keeps a promise) every result says whether it is `accepted`, and boxes that are not are drawn in grey.
+--mirrored asks about the mirrored copy of each picture as well: twice the time, somewhat better boxes, other scores
+(notebooks/08_trust). In Python:
 
     from helpers.detect import Detector
 
@@ -24,19 +27,21 @@ import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from matplotlib.font_manager import findfont
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 from helpers import generation
-from helpers.data import describe_problem
+from helpers.data import describe_problem, to_upright_rgb
 from helpers.detection import evaluate_detector
-from helpers.import_dataset import LONGEST, SUFFIXES
+from helpers.import_dataset import SUFFIXES
+from helpers.ladder import evaluate_best_rung
 from helpers.plots import PREDICTION_COLOUR
 from helpers.runs import write_json
 from helpers.training import load_detector
 
 AT_ONCE = 256  # pictures after which drawings are written
+ABSTAINED_COLOUR = "#737373"
 
 
 class Detector(generation.Detector):
@@ -51,15 +56,18 @@ class Detector(generation.Detector):
         limits = SimpleNamespace(max_pixels=10**9, max_new_tokens=max_new_tokens, eval_batch_size=batch_size)
         return cls(**vars(load_detector(Path(folder), limits)))
 
-    def detect(self, images: Sequence[Image.Image | str]) -> list[list[dict]]:
+    def detect(self, images: Sequence[Image.Image | str], mirrored: bool = False) -> list[list[dict]]:
         """The objects in each image or file: `{"label", "box", "score"}`, boxes in pixels of the upright image."""
-        return [record["prediction"] for record in self.ask(list(images))]
+        return [record["prediction"] for record in self.ask(list(images), mirrored=mirrored)]
 
-    def ask(self, images: Sequence[Image.Image | str], show_progress: bool = False) -> list[dict]:
-        """Records of images, as `helpers.detection.evaluate_detector` makes them."""
+    def ask(
+        self, images: Sequence[Image.Image | str], show_progress: bool = False, mirrored: bool = False
+    ) -> list[dict]:
+        """Records of images, as of `helpers.detection.evaluate_detector`; `mirrored`: by `helpers.ladder.BEST`."""
         nothing, encoded = [{"bbox": [], "category_name": []}] * len(images), [*map(encode, images)]
         rows = Dataset.from_dict({"image_id": [*map(str, range(len(images)))], "image": encoded, "objects": nothing})
-        return evaluate_detector(self, rows.cast_column("image", ImageFeature()), show_progress)
+        evaluate = evaluate_best_rung if mirrored else evaluate_detector
+        return evaluate(self, rows.cast_column("image", ImageFeature()), show_progress)
 
 
 def encode(image: Image.Image | str) -> dict:
@@ -85,31 +93,23 @@ def find_pictures(places: Sequence[Path]) -> tuple[list[Path], list[str]]:
 def describe_file_problem(file: Path) -> str | None:
     """Why a file cannot be asked about, or None: what keeps a row of a dataset out keeps it out, too."""
     try:
-        problem = describe_problem({"image": {"bytes": file.read_bytes(), "path": None}, "objects": {"bbox": []}})
+        return describe_problem({"image": {"bytes": file.read_bytes(), "path": None}, "objects": {"bbox": []}})
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
-    return problem or describe_shape_problem(file)
-
-
-def describe_shape_problem(file: Path) -> str | None:
-    """Why a model's processor would refuse a picture, or None."""
-    with Image.open(file) as image:
-        width, height = image.size
-    too_long = max(width, height) > LONGEST * min(width, height)
-    return f"{width} x {height} pixels: one side is more than {LONGEST} times the other" if too_long else None
 
 
 def draw(file: Path, found: Sequence[dict]) -> Image.Image:
-    """The picture as it is displayed, with boxes, labels and scores."""
+    """The picture as it is displayed, with boxes, labels and scores; what is not accepted is grey."""
     with Image.open(file) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
+        upright = to_upright_rgb(image)
     if not found:
         return upright
     boxes = torch.tensor([labelled["box"] for labelled in found])
     names = [f"{labelled['label']} {labelled['score']:.2f}" for labelled in found]
     size = max(12, max(upright.size) // 50)
     font = {"font": findfont("DejaVu Sans"), "font_size": size}
-    colours = {"colors": PREDICTION_COLOUR, "label_background_colors": PREDICTION_COLOUR, "label_colors": "white"}
+    chosen = [PREDICTION_COLOUR if labelled.get("accepted", True) else ABSTAINED_COLOUR for labelled in found]
+    colours = {"colors": chosen, "label_background_colors": chosen, "label_colors": "white"}
     style = font | colours | {"fill_labels": True, "width": max(2, size // 8)}
     return to_pil_image(draw_bounding_boxes(pil_to_tensor(upright), boxes, names, **style))
 
@@ -124,6 +124,7 @@ def to_results(records: Sequence[dict], labels: Sequence[str]) -> list[dict]:
             "bbox": [x1, y1, x2 - x1, y2 - y1],
             "score": labelled["score"],
         }
+        | {name: labelled[name] for name in ("accepted",) if name in labelled}
         for number, record in enumerate(records, start=1)
         for labelled in record["prediction"]
         for x1, y1, x2, y2 in [labelled["box"]]
@@ -143,14 +144,27 @@ def write_results(pictures: Sequence[Path], records: Sequence[dict], known: Sequ
     write_json(output / "detections.json", to_results(records, labels))
 
 
+def mark_accepted(boxes: Sequence[dict], threshold: float | None) -> list[dict]:
+    """Boxes that say whether they are `accepted`, from this score on; without a threshold as they are."""
+    return [box if threshold is None else box | {"accepted": box["score"] >= threshold} for box in boxes]
+
+
+def describe_accepted(records: Sequence[dict]) -> str:
+    """How many boxes are accepted, and how many pictures are left for a person."""
+    accepted = [[box["accepted"] for box in record["prediction"]] for record in records]
+    doubtful = sum(not (any(boxes) and all(boxes)) for boxes in accepted)
+    return f"{sum(map(sum, accepted))} boxes accepted; {doubtful} pictures with another box, or none, are for a person"
+
+
 def detect_files(detector: Detector, pictures: Sequence[Path], options: argparse.Namespace) -> list[dict]:
     """Ask about the pictures, and write each with its boxes; returns their records."""
     records = []
     for start in range(0, len(pictures), AT_ONCE):
         some = pictures[start : start + AT_ONCE]
-        asked = zip(some, detector.ask([*map(str, some)], show_progress=True), strict=True)
-        for number, (file, record) in enumerate(asked, start + 1):
+        found = detector.ask([*map(str, some)], show_progress=True, mirrored=options.mirrored)
+        for number, (file, record) in enumerate(zip(some, found, strict=True), start + 1):
             kept = [labelled for labelled in record["prediction"] if labelled["score"] >= options.threshold]
+            kept = mark_accepted(kept, options.accept_threshold)
             records.append(record | {"prediction": kept})
             draw(file, kept).save(options.output / f"{number:05d}-{file.stem}.jpg")
     return records
@@ -163,6 +177,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="what a training left, or merged/")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--threshold", type=float, default=0.0, help="boxes with a lower score are left out")
+    accepted = "boxes from this score on are marked as accepted, others as not: see helpers.trust"
+    parser.add_argument("--accept-threshold", type=float, metavar="SCORE", help=accepted)
+    mirrored = "ask about the mirrored copy as well: twice the time, somewhat better boxes, other scores"
+    parser.add_argument("--mirrored", action="store_true", help=mirrored)
     parser.add_argument("--batch-size", type=int, help="pictures at once; default: what fits into the memory")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="one box takes 23 tokens or so")
     return parser
@@ -186,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_results(pictures, records, detector.task.labels, options.output)
     boxes = sum(len(record["prediction"]) for record in records)
     print(f"{boxes} boxes on {len(pictures)} pictures: {options.output / 'detections.json'}")
+    if options.accept_threshold is not None:
+        print(describe_accepted(records))
     return 0
 
 

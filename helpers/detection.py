@@ -12,13 +12,14 @@ from itertools import islice
 import numpy as np
 import torch
 from datasets import Dataset
-from PIL import Image, ImageOps
+from PIL import Image
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from helpers.boxes import from_model_coordinates, has_area, resized_size, to_grid
 from helpers.conversation import Task, format_answer
-from helpers.data import read_headers, read_row
+from helpers.data import read_barcode, read_headers, read_row, to_upright_rgb
 from helpers.generation import Answer, Detector, generate, join_questions, to_question, to_questions
 from helpers.loading import release_memory
 from helpers.metrics import assigned_ious, compute_ious
@@ -33,7 +34,7 @@ def to_record(row: dict, task: Task) -> dict:
     """
     image, boxes, labels = read_row(row)
     truth = [{"label": label, "box": box} for label, box in zip(labels, boxes, strict=True)]
-    known = {"id": row["image_id"], "group": (row.get("meta") or {}).get("barcode") or None}
+    known = {"id": row["image_id"], "group": read_barcode(row.get("meta"))}
     known |= {"width": image.width, "height": image.height}
     resized = list(resized_size(*image.size, **task.pixel_budget))
     return known | {"resized": resized, "truth": number_labels(truth, task.labels)}
@@ -76,7 +77,7 @@ def add_answer(record: dict, answer: Answer, task: Task) -> dict:
 
 def detect(image: Image.Image, detector: Detector) -> list[dict]:
     """The objects in one image: `{"label", "box", "score"}`, boxes in pixels of the upright image."""
-    upright = ImageOps.exif_transpose(image).convert("RGB")
+    upright = to_upright_rgb(image)
     resized = resized_size(*upright.size, **detector.task.pixel_budget)
     record = {"width": upright.width, "height": upright.height, "resized": resized, "truth": []}
     answer = generate(detector, to_questions([upright], detector))[0]
@@ -86,8 +87,19 @@ def detect(image: Image.Image, detector: Detector) -> list[dict]:
 def evaluate_detector(detector: Detector, rows: Dataset, show_progress: bool = True) -> list[dict]:
     """Ask the detector about every row. One record per image, in the order of the rows: see `add_answer`.
 
-    Batches that do not fit into a GPU's memory are halved.
+    Processes of torchrun ask about a share each, and all get the records of all; of a sharded model all ask together.
     """
+    if not torch.distributed.is_initialized() or isinstance(detector.model, FSDPModule):
+        return ask_about_all(detector, rows, show_progress)
+    rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    share = rows.select(range(len(rows) * rank // processes, len(rows) * (rank + 1) // processes))
+    shares = [None] * processes
+    torch.distributed.all_gather_object(shares, ask_about_all(detector, share, show_progress and rank == 0))
+    return [record for share in shares for record in share]
+
+
+def ask_about_all(detector: Detector, rows: Dataset, show_progress: bool) -> list[dict]:
+    """`evaluate_detector` in one process. Batches that do not fit into a GPU's memory are halved."""
     detector.model.eval()
     batch_size = detector.batch_size or (64 if torch.cuda.is_available() else 32)
     try:
@@ -97,7 +109,7 @@ def evaluate_detector(detector: Detector, rows: Dataset, show_progress: bool = T
             raise
     print(f"out of memory with {batch_size} images at once: going on with {batch_size // 2}")
     release_memory()
-    return evaluate_detector(replace(detector, batch_size=batch_size // 2), rows, show_progress)
+    return ask_about_all(replace(detector, batch_size=batch_size // 2), rows, show_progress)
 
 
 def ask_in_batches(detector: Detector, rows: Dataset, show_progress: bool) -> list[dict]:

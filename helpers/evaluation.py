@@ -24,6 +24,8 @@ LINE_FORMAT = (
     '"truth": [{"label": ..., "box": [x1, y1, x2, y2] in pixels}, ...]}, with an empty list where there is nothing'
 )
 
+LARGEST = 10**7  # pixels that a picture can be wide or high
+
 DEFINITIONS = """\
 input: one JSON object a line;
   {line_format}.
@@ -83,7 +85,8 @@ def read_line(text: bytes, place: str, family: str) -> dict:
     """One line as a record; `place` is for the message. Raises ValueError."""
     try:
         line = json.loads(text)
-    except ValueError as error:
+        json.dumps(line, ensure_ascii=False).encode()  # half a surrogate pair can be read, but not written
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not JSON: {LINE_FORMAT}.") from error
     if problem := describe_line_problem(line):
         raise ValueError(f"{place}: {problem}; {LINE_FORMAT}.")
@@ -109,6 +112,8 @@ def describe_line_problem(line: object) -> str | None:
         return f"no field {', '.join(missing)}"
     if not is_size([line["width"], line["height"]]) or not is_size(line.get("resized", [1, 1])):
         return "width, height (and resized, where given) must be whole numbers of pixels, at least 1"
+    if not isinstance(line.get("group"), str | int | float | None):
+        return "group must be a text or a number"
     if not isinstance(line["raw"], str):
         return "raw must be a text"
     if not isinstance(line["truth"], list) or not all(map(is_labelled_box, line["truth"])):
@@ -118,7 +123,7 @@ def describe_line_problem(line: object) -> str | None:
 
 def is_size(value: object) -> bool:
     """Whether a JSON value is `[width, height]`."""
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, int) and v >= 1 for v in value)
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, int) and 1 <= v <= LARGEST for v in value)
 
 
 def is_score(value: object) -> bool:
@@ -126,12 +131,17 @@ def is_score(value: object) -> bool:
     return isinstance(value, int | float) and 0 <= value <= 1
 
 
+def is_coordinate(value: object) -> bool:
+    """Whether a JSON value is a number that pixels can be."""
+    return isinstance(value, int | float) and abs(value) <= LARGEST
+
+
 def is_labelled_box(value: object) -> bool:
     """Whether a JSON value is `{"label": text, "box": [x1, y1, x2, y2]}` with an area."""
     if not isinstance(value, dict) or not isinstance(value.get("label"), str):
         return False
     box = value.get("box")
-    is_box = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
+    is_box = isinstance(box, list) and len(box) == 4 and all(map(is_coordinate, box))
     return is_box and has_area(box)
 
 

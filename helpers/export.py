@@ -167,8 +167,8 @@ def ruff(text: str, module: str, *arguments: str) -> str:
     place = ["--config", str(ROOT / "pyproject.toml"), "--stdin-filename", str(PACKAGE / f"{module}.py"), "-"]
     command = [sys.executable, "-m", "ruff", *arguments, *place]
     result = subprocess.run(command, input=text, capture_output=True, text=True, cwd=ROOT, check=False)
-    if result.returncode > 1:  # 1 means findings, more means that ruff itself failed
-        sys.exit(result.stderr)
+    if result.returncode > 1 or "No module named ruff" in result.stderr:  # 1 alone means findings
+        sys.exit(f"{result.stderr}The tools for changing the project: pip install -r tests/requirements.txt")
     return result.stdout
 
 
@@ -398,6 +398,15 @@ def lasting_outputs(cell: NotebookNode) -> list[NotebookNode]:
     return join_lines([item for _, item in sorted(numbered, key=lambda pair: pair[0])])
 
 
+def fix_names(outputs: Sequence[NotebookNode], number: int) -> None:
+    """Replace the ids that pandas draws by lot, and addresses: runs of the same code differ in their times only."""
+    for data in (output.data for output in outputs if "data" in output):
+        if "text/html" in data:
+            data["text/html"] = re.sub(r"\bT_[0-9a-f]{5}(?=[_\W])", f"T_{number:05}", data["text/html"])
+        if "text/plain" in data:
+            data["text/plain"] = re.sub(r" at 0x[0-9a-f]+>$", ">", data["text/plain"])
+
+
 def drop_metadata(notebook: NotebookNode) -> None:
     """Leave of the metadata of a notebook and its cells only what outlasts a run."""
     for node in [notebook, *notebook.cells]:
@@ -414,6 +423,7 @@ def take_outputs(path: Path, script: Path) -> None:
     refuse_problems(executed, path)
     for cell, ran in zip(code_cells(committed), code_cells(executed), strict=True):
         cell.outputs, cell.execution_count = lasting_outputs(ran), ran.execution_count
+        fix_names(cell.outputs, ran.execution_count)
     drop_metadata(committed)
     committed.metadata["executed_code_digest"] = code_digest(committed)
     text = jupytext.writes(committed, fmt="ipynb") + "\n"  # as `make sync` would write it

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, ProcessorMixin
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from helpers.conversation import Task, to_conversation
 
@@ -82,7 +87,7 @@ class ProbabilityRecorder(LogitsProcessor):
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference_mode is not for sharded models
 def generate(detector: Detector, questions: dict[str, torch.Tensor]) -> list[Answer]:
     """Greedy answers to the batch of `to_questions`, special tokens included, padding removed."""
     recorder, batch = ProbabilityRecorder(), {k: v.to(detector.model.device) for k, v in questions.items()}

@@ -45,9 +45,10 @@ import yaml
 from datasets import ClassLabel, Features, load_dataset
 from datasets import Image as ImageFeature
 from datasets.utils.file_utils import xopen
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
+from helpers.data import to_upright_rgb
 from helpers.plots import plot_images
 from helpers.runs import write_json
 from helpers.tiny.packages import FEATURES
@@ -126,7 +127,7 @@ def load_json(file: Path) -> dict:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error.strerror}): give --coco an annotation file") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error}): export it again as COCO JSON") from error
     parts = ("images", "annotations", "categories")
     missing = [part for part in parts if not isinstance(content, dict) or not isinstance(content.get(part), list)]
@@ -134,6 +135,9 @@ def load_json(file: Path) -> dict:
         raise ValueError(f"{file} has no list {', '.join(missing)}: export it as COCO JSON for object detection")
     if not all(isinstance(entry, dict) for part in parts for entry in content[part]):
         raise ValueError(f"{file}: images, annotations and categories hold objects in COCO JSON: export it again")
+    ids = [entry.get(name) for part in parts for entry in content[part] for name in ("id", "image_id", "category_id")]
+    if not all(isinstance(value, str | int | float | None) for value in ids):
+        raise ValueError(f"{file}: an id is neither a number nor a text: export it again")
     if not all({"id", "name"} <= category.keys() for category in content["categories"]):
         raise ValueError(f"{file}: a category has no id or no name: export it again")
     if not content["images"]:
@@ -171,14 +175,21 @@ def read_yolo(folder: Path) -> list[Picture]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error.strerror}): give --yolo a folder with data.yaml") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not isinstance(content.get("names"), list | dict):
         raise ValueError(f"{file} has no names: list the classes there, `names: [cat, dog]`")
     names = content["names"]
     names = names if isinstance(names, dict) else dict(enumerate(names))
-    root = file.parent / (content.get("path") or ".")
+    if not all(re.fullmatch(r"\d+", str(number)) for number in names):
+        raise ValueError(f"{file} has names without numbers: list the classes as `0: cat`, or as `[cat, dog]`")
     listed = {name: content[name] for name in NAMES if content.get(name)}
+    places = [content.get("path") or ".", *listed.values()]
+    if isinstance(places[0], list) or not all(
+        isinstance(v, str) for place in places for v in (place if isinstance(place, list) else [place])
+    ):
+        raise ValueError(f"{file}: path, train and val are names of folders, or lists of them")
+    root = file.parent / places[0]
     if not listed:
         raise ValueError(f"{file} names no folder of pictures: add `train: images/train`")
     splits = choose_splits(listed)
@@ -220,7 +231,7 @@ def read_yolo_picture(path: Path, names: dict[int, str], split: str) -> Picture:
     parts = parts if last is None else (*parts[:last], "labels", *parts[last + 1 :])
     file, picture = Path(*parts).with_suffix(".txt"), Picture(path, split=split, relative=True)
     boxes, labels = [], []
-    for number, line in enumerate(file.read_text().splitlines() if file.is_file() else [], start=1):
+    for number, line in enumerate(file.read_text(errors="replace").splitlines() if file.is_file() else [], start=1):
         try:
             category, x, y, width, height = map(float, line.split())
         except ValueError:
@@ -291,7 +302,7 @@ def read_imagefolder(folder: Path, convention: str) -> list[Picture]:
         read_metadata_line(line, f"{file}, line {number}", file.parent, convention)
         for file in files
         if file.is_file()
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1)
         if line.strip()
     ]
     if not found:
@@ -508,7 +519,7 @@ def draw_contact_sheet(pictures: Sequence[Picture], file: Path, count: int = 16)
 def upright(path: Path, side: int = 480) -> Image.Image:
     """A small copy of a picture, turned as it is displayed."""
     with Image.open(io.BytesIO(path.read_bytes())) as image:
-        small = ImageOps.exif_transpose(image).convert("RGB")
+        small = to_upright_rgb(image)
     small.thumbnail((side, side))
     return small
 
@@ -622,6 +633,10 @@ def describe_option_problem(options: argparse.Namespace) -> str | None:
         return "--coco takes one file, or one to train on and one to evaluate on"
     if not 0 < options.validation < 1:
         return f"--validation {options.validation} is not a share: give a number between 0 and 1"
+    if options.seed < 0:
+        return f"--seed {options.seed}: give a whole number, 0 or above"
+    if next(path for path in [options.output, *options.output.absolute().parents] if path.exists()).is_file():
+        return f"--output {options.output} is a file, or below one: name another folder"
     if list(options.output.glob("data/*.parquet")):
         return f"--output {options.output} holds a dataset already: name another folder, or delete it"
     try:

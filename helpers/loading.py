@@ -81,14 +81,31 @@ KEPT_MODULES = ("model.visual", "lm_head")  # not quantised
 
 
 def load_model(model_id: str, quantized: bool, dtype: torch.dtype, kept_modules=KEPT_MODULES) -> PreTrainedModel:
-    """Load a model, in NF4 but for `kept_modules` if `quantized`. Raises RuntimeError if it came out otherwise."""
+    """Load a model, in NF4 but for `kept_modules` if `quantized`; weights that could run code (.bin) are not read.
+
+    Raises RuntimeError if tensors were missing, which would be random now, or have another precision.
+    """
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     nf4 |= {"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": list(kept_modules)}  # a historic name
     arguments = {"dtype": dtype, "attn_implementation": "sdpa", "device_map": choose_device_map()}
     arguments |= {"quantization_config": BitsAndBytesConfig(**nf4)} if quantized else {}
-    model = AutoModelForImageTextToText.from_pretrained(model_id, **arguments)
+    arguments |= {"use_safetensors": True, "output_loading_info": True}
+    model, found = AutoModelForImageTextToText.from_pretrained(model_id, **arguments)
+    if found["missing_keys"]:
+        raise RuntimeError(
+            f"{model_id} lacks {len(found['missing_keys'])} tensors, {min(found['missing_keys'])} first."
+        )
+    check_placement(model)
     check_quantization(model, quantized, kept_modules)
     return model
+
+
+def check_placement(model: torch.nn.Module) -> None:
+    """Raise RuntimeError where a part of a model was put beside the GPUs, on CPU or disk."""
+    aside = [name for name, p in model.named_parameters() if p.device.type != "cuda"]
+    if torch.cuda.is_available() and aside:
+        remedy = "Free memory on the GPUs, take more of them, or a smaller MODEL_ID"
+        raise RuntimeError(f"The GPUs are full: {len(aside)} weights are not on them, {aside[0]} first. {remedy}.")
 
 
 def choose_device_map() -> str | dict[str, int]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from helpers.deployment import as_code
 from helpers.detect import Detector, describe_file_problem, draw
 
 try:
@@ -58,7 +59,8 @@ def build_page(detector: Detector) -> gr.Blocks:
     yesterday = (3600, 86400)  # every hour, files of that age in seconds
     with gr.Blocks(title="Boxes for pictures", analytics_enabled=False, delete_cache=yesterday) as page:
         found = gr.State()
-        gr.Markdown(f"# Boxes for pictures\nDrop a picture: the model looks for {', '.join(detector.task.labels)}.")
+        labels = ", ".join(map(as_code, detector.task.labels))
+        gr.Markdown(f"# Boxes for pictures\nDrop a picture: the model looks for {labels}.")
         with gr.Row():
             given = {"sources": ["upload", "clipboard"], "type": "filepath", "image_mode": None}
             picture = gr.Image(label="Picture", height=480, **given)

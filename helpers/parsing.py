@@ -3,6 +3,7 @@
 Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `make sync`.
 """
 
+import json
 import re
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ PIECE_PATTERN = re.compile(rf"(?P<json>\{{[^{{}}]*(?:\}}|$))|(?P<box>{BOX})|(?P<
 END_PATTERN = re.compile(r"<\|(?:im_end|endoftext)\|>")
 REFERENCE_PATTERN = re.compile(r"<\|object_ref_start\|>([^<]*)<\|object_ref_end\|>")
 MARKUP_PATTERN = re.compile(r"<[^<>]*>|```(?:json)?")
-JSON_LABEL_PATTERN = re.compile(r"""["']label["']\s*:\s*["']([^"']*)["']""")
+JSON_LABEL_PATTERN = re.compile(r"""["']label["']\s*:\s*("(?:[^"\\]|\\.)*"|'[^']*')""")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,11 @@ def read_label(words: str) -> str:
 
 def read_json_label(piece: str) -> str:
     """The value of `label` in one JSON object, whole or cut off; empty where there is none."""
-    return (JSON_LABEL_PATTERN.findall(piece) or [""])[0]
+    quoted = (JSON_LABEL_PATTERN.findall(piece) or ['""'])[0]
+    try:
+        return json.loads(quoted, strict=False)
+    except ValueError:  # in single quotes, or with an escape that JSON does not know
+        return quoted[1:-1]
 
 
 def read_numbers(box: str) -> list[float]:

@@ -62,7 +62,7 @@ def plot_images(images: Sequence[Image.Image], truths, predictions=None, titles=
     kinds = {name: kind for name, kind in kinds.items() if kind[0] is not None}
     for number, (axes, image) in enumerate(zip(grid.flat, images, strict=False)):
         axes.imshow(image)
-        axes.set_title(titles[number] if titles is not None else "", fontsize=10)
+        axes.set_title(titles[number] if titles is not None else "", fontsize=10, parse_math=False)
         for boxes, colour, linestyle in kinds.values():
             draw_boxes(axes, boxes[number], colour, linestyle)
     for axes in grid.flat:
@@ -100,7 +100,7 @@ def plot_token_probabilities(answers: dict[str, Answer]) -> plt.Figure:
         colours = [ORANGE if text.isdigit() else BLUE for text in texts]
         axes.bar(range(len(texts)), answer.probabilities, color=colours)
         marks = [text.replace("<|", "").replace("|>", "") for text in texts]
-        axes.set_xticks(range(len(texts)), marks, rotation=60, ha="right", fontsize=7)
+        axes.set_xticks(range(len(texts)), marks, rotation=60, ha="right", fontsize=7, parse_math=False)
         axes.set(ylim=(0, 1.05), ylabel="probability", title=name)
     return figure
 

@@ -60,7 +60,7 @@ def plot_trained_tokens(batches: dict[str, dict[str, torch.Tensor]], tokenizer, 
             x, y = number % per_line, -(number // per_line)
             fill, ink = (TRUTH_COLOUR, "white") if trained else ("#eeeeee", "black")
             axes.add_patch(Rectangle((x + 0.03, y + 0.1), 0.94, 0.8, color=fill))
-            axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=ink)
+            axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=ink, parse_math=False)
         axes.set_title(f"{variant}: {sum(t for _, t in cells)} of {len(cells)} cells are trained", loc="left")
         axes.set(xlim=(0, per_line), ylim=(-((len(cells) - 1) // per_line), 1))
         axes.axis("off")

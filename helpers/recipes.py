@@ -3,7 +3,7 @@
 Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `make sync`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -32,6 +32,7 @@ class TrainingRecipe:
     lora_alpha: int = 128
     learning_rate: float = 1e-4  # peak; TRL's default for full fine-tuning (2e-5) is too slow for LoRA
     collator: str = "v2-assistant-only"  # a key of COLLATORS
+    loss_function: Callable | None = None  # of a processor: the loss of logits and labels; None: cross-entropy
     stages: tuple[str, ...] = ()  # recipes to train one after the other, each from the weights of the one before
 
     def __post_init__(self):
@@ -66,14 +67,6 @@ R2 = TrainingRecipe("r2-vision-only", "all weights of the vision tower", train_v
 R3 = TrainingRecipe("r3-two-stage", "r2, then r1 from its weights", stages=("r2-vision-only", "r1-llm-only"))
 R4 = replace(R1, name="r4-joint", description="r1 and LoRA on the vision tower", train_vision="lora")
 CATALOGUE = {recipe.name: recipe for recipe in (R1, R2, R3, R4)}
-
-
-def get_recipes(names: Sequence[str]) -> list[TrainingRecipe]:
-    """Look up recipes by name. Raises ValueError for an unknown or missing name, with the names that exist."""
-    unknown = [name for name in names if name not in CATALOGUE]
-    if unknown or not names:
-        raise ValueError(f"Unknown recipe {unknown}: set RECIPES to a list out of {sorted(CATALOGUE)}.")
-    return [CATALOGUE[name] for name in names]
 
 
 def apply_freeze_policy(model: PreTrainedModel, recipe: TrainingRecipe) -> None:

@@ -14,9 +14,8 @@ import pandas as pd
 from helpers.conversation import Task
 from helpers.metrics import bootstrap_intervals, summarize
 
-LORA = ["lora_target_modules", "lora_rank", "lora_alpha"]
-TASK = [part.name for part in fields(Task)]
-DECISIVE = ["train_vision", "precision", *LORA, "learning_rate", "collator", *TASK, "schedule", "rows", "base_hash"]
+HOW = ["train_vision", "precision", "lora_target_modules", "lora_rank", "lora_alpha", "learning_rate", "collator"]
+DECISIVE = [*HOW, "loss_function", *(part.name for part in fields(Task)), "schedule", "rows", "base_hash"]
 
 
 class OtherRunError(ValueError):
@@ -71,11 +70,8 @@ class RunFolder:
 
     def write_records(self, records: Sequence[dict], about: dict | None = None) -> dict:
         """Write `predictions.jsonl`, and `metrics.json` with metrics, intervals and what they are about: returned."""
-        metrics = summarize(records) | {
-            "iou_threshold": 0.5,
-            "intervals": bootstrap_intervals(records),
-            "about": about,
-        }
+        metrics = summarize(records) | {"iou_threshold": 0.5, "intervals": bootstrap_intervals(records)}
+        metrics |= {"about": about}
         lines = "".join(json.dumps(record) + "\n" for record in records)
         write_file(self.path / "predictions.jsonl", lines.encode())
         write_json(self.path / "metrics.json", metrics)
@@ -91,8 +87,11 @@ def write_file(file: Path, content: bytes) -> None:
     """Write through a temporary file: whoever is interrupted keeps the old file, never half of the new one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(file)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)  # a part of it would fill a disk that is full already
 
 
 def save_comparison(output_dir: Path) -> dict[str, dict[str, float | None]]:

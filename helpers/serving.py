@@ -37,14 +37,14 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 from datasets import Dataset
-from PIL import Image, ImageOps
+from PIL import Image
 from scipy.stats import theilslopes
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 
 from helpers.boxes import box_iou, resized_size
 from helpers.conversation import Task, to_conversation
-from helpers.data import read_headers, read_row
+from helpers.data import read_headers, read_row, to_upright_rgb
 from helpers.detect import describe_file_problem
 from helpers.detection import add_answer, to_record
 from helpers.evaluation import read_predictions
@@ -105,7 +105,7 @@ def to_processor_size(task: Task) -> dict[str, int]:
 
 def to_data_url(image: Image.Image) -> str:
     """The upright image as PNG, without loss; only its pixels, as servers may apply transparency or an orientation."""
-    pixels, file = np.asarray(ImageOps.exif_transpose(image).convert("RGB")), BytesIO()
+    pixels, file = np.asarray(to_upright_rgb(image)), BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 

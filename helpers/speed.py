@@ -4,6 +4,7 @@ Printed from fine_tuning_vlm_for_object_detection_trl.py: edit that, then run `m
 """
 
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import psutil
 import safetensors.torch
 import torch
 import xxhash
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding, scaled_dot_product_attention
 from torch.utils._triton import has_triton
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures as VisionOutput
@@ -65,9 +66,14 @@ def count_trained(model: PreTrainedModel, recipe: TrainingRecipe) -> int:
 
 
 def free_memory() -> int:
-    """Bytes that can still be taken, of all visible GPUs together; without a GPU, of the machine's memory."""
+    """Bytes that can still be taken, of all visible GPUs together; without a GPU, of the machine's memory.
+
+    Under torchrun a process has one of the GPUs.
+    """
     if not torch.cuda.is_available():
         return psutil.virtual_memory().available
+    if "LOCAL_RANK" in os.environ:
+        return torch.cuda.mem_get_info(int(os.environ["LOCAL_RANK"]))[0]
     return sum(torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count()))
 
 
@@ -137,6 +143,7 @@ def compile_layers(model: PreTrainedModel, recipe: TrainingRecipe) -> None:
     torch._dynamo.reset()  # what was compiled for another recipe counts towards the limit of recompilations
     torch._dynamo.utils.counters.clear()
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._inductor.config.emulate_precision_casts = True  # rounds where layers that are not compiled round
     blocks = [] if recipe.train_vision == "frozen" else model.model.visual.blocks
     for layer in [*model.model.language_model.layers, *blocks]:
         layer.compile()
@@ -182,17 +189,16 @@ PACKED = "packed_sdpa_not_flash"  # transformers hands the lengths of the images
 
 def attend_images(module, query, key, value, attention_mask=None, cu_seq_lens_q=None, max_length_q=None, **options):
     """Attention within each of several packed images or windows, (1, heads, patches, width); all of them at once."""
-    images, places, packed = (
-        len(cu_seq_lens_q) - 1,
-        torch.arange(query.shape[2], device=query.device),
-        (query, key, value),
-    )
+    images, packed = len(cu_seq_lens_q) - 1, [tensor.squeeze(0) for tensor in (query, key, value)]
+    places = torch.arange(query.shape[2], device=query.device)
     if images * max_length_q == query.shape[2]:  # the mean length is the largest: all are equal
-        stacked = [tensor[0].unflatten(1, (images, max_length_q)).transpose(0, 1) for tensor in packed]
+        stacked = [tensor.unflatten(1, (images, max_length_q)).transpose(0, 1) for tensor in packed]
         return scaled_dot_product_attention(*stacked).transpose(1, 2).flatten(0, 1)[None], None
     starts, ends = cu_seq_lens_q[:-1, None], cu_seq_lens_q[1:, None]
     filled = starts + torch.arange(8 * math.ceil(max_length_q / 8), device=query.device)  # (images, longest)
-    stacked = [tensor[0][:, filled.clamp(max=len(places) - 1)].transpose(0, 1) for tensor in packed]
+    # the backward pass of `embedding` is faster than that of an index
+    stacked = [embedding(filled.clamp(max=len(places) - 1), tensor.transpose(0, 1).flatten(1)) for tensor in packed]
+    stacked = [tensor.unflatten(2, (query.shape[1], -1)).transpose(1, 2) for tensor in stacked]
     attended = scaled_dot_product_attention(*stacked, (filled < ends)[:, None, None]).transpose(1, 2)
     image = torch.bucketize(places, ends.flatten(), right=True)
     return attended[image, places - starts.flatten()[image]][None], None

@@ -1,53 +1,75 @@
 """Train recipes and evaluate what they learned, from a shell, with the settings of the notebook's parameters cell.
 
     python -m helpers.train_recipe --recipe r1-llm-only                       # one recipe, in this very process
-    python -m helpers.train_recipe --recipe r1-llm-only r2-vision-only r4-joint --gpu 0 1
+    python -m helpers.train_recipe --recipe r1 r2 r4 --gpu 0,1                # r1 stands for r1-llm-only, and so on
                                           # each in a process of its own, on the first of these GPUs that is free
     python -m helpers.train_recipe --recipe all --parameters FILE.yaml        # without --gpu: one after the other
     python -m helpers.train_recipe --recipe r3-two-stage --checkpoint OUTPUT_DIR/r2-vision-only    # second stage only
+    python -m helpers.train_recipe --recipe r5-iou-reward --checkpoint OUTPUT_DIR/r4-joint    # goes on with GRPO
     torchrun --nproc-per-node 2 -m helpers.train_recipe --recipe r4-joint     # data parallel, a process for each GPU
 
 A recipe leaves in OUTPUT_DIR/RECIPE what it leaves when the notebook runs it: weights, processor, training log,
-metrics.json, predictions.jsonl; OUTPUT_DIR/comparison.json gathers the metrics. --dataset-id may point at a folder in
-the layout of YOLO (data.yaml), COCO (annotations/*train*.json, *val*.json) or Pascal VOC (Annotations/): it becomes a
-dataset in OUTPUT_DIR/dataset first. Where there are several, what they
-print goes to OUTPUT_DIR/RECIPE/train.log, and the exit code is 1 if one of them failed; the others still run. What
-was interrupted goes on from its last checkpoint when the same command is given again (without --again).
+metrics.json, predictions.jsonl, model card. The base and the box that never looks are measured once, into
+OUTPUT_DIR/base and OUTPUT_DIR/same-box; OUTPUT_DIR/comparison.json gathers all metrics, differences.json the paired
+differences with verdicts, and both are printed. --merge writes the best recipe without adapters into
+OUTPUT_DIR/merged. --dataset-id may point at a folder in the layout of YOLO (data.yaml), COCO
+(annotations/*train*.json, *val*.json) or Pascal VOC (Annotations/): it becomes a dataset in OUTPUT_DIR/dataset first.
+
+Of several recipes a table shows what they are doing, what they print goes to OUTPUT_DIR/RECIPE/train.log, and the exit
+code is 1 if one of them failed; the others still run. r3-two-stage waits for r2-vision-only and starts from its
+weights. What was interrupted goes on from its last checkpoint when the same command is given again (without --again).
+Settings, model and disk are checked before anything is loaded, and a training is tried on one image before it begins;
+what cannot be takes a line for each problem, and the exit code is 2.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import ctypes
-import fcntl
 import json
+import logging
 import os
+import re
 import signal
-import socket
-import subprocess
 import sys
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
-import papermill
 import yaml
+
+from helpers.launch import Campaign, launch, open_display
+from helpers.locks import InUseError, check_free, own
+from helpers.settings import check_settings
+
+if TYPE_CHECKING:
+    from helpers.data import Splits
+    from helpers.runs import RunFolder
 
 # GPUs have to be chosen before torch looks for them: whatever imports it is imported by the functions that train
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "fine_tuning_vlm_for_object_detection_trl.ipynb"
-NOTEBOOK_ONLY = ("RECIPES", "COLLATOR_STEPS", "PUSH_TO_HUB")  # settings that mean nothing here
+NOTEBOOK_ONLY = ("RECIPES", "COLLATOR_STEPS")  # settings that mean nothing here
 TYPES = {"NUM_EPOCHS": float, "OUTPUT_DIR": Path, "COMPILE": bool, "GRADIENT_CHECKPOINTING": bool}
 TYPES |= dict.fromkeys(["LABELS", "SYSTEM_MESSAGE", "QUESTION", "PRECISION"], str)  # whose default does not tell
+ALIASES = {"NUM_EPOCHS": ["--epochs"]}
+REWARD = "r5-iou-reward"  # helpers.reward's, not trained by the notebook
+INTERRUPTED = "interrupted: the same command goes on from the last checkpoint"
+NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 
 
 class UsageError(Exception):
-    """What was asked for cannot be meant; its text says why, and what to do."""
+    """What was asked for cannot be meant; its text says why, and what to do, a line for each problem."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Options whose errors take a line each, without the names of all others."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, "".join(f"{self.prog}: error: {line}\n" for line in message.splitlines()))
 
 
 # The command line
@@ -55,71 +77,108 @@ class UsageError(Exception):
 
 def read_notebook_settings() -> dict[str, tuple[object, str]]:
     """Name -> default, comment: the settings in the notebook's parameters cell, which are not written down twice."""
-    parameters = papermill.inspect_notebook(str(NOTEBOOK))
-    parameters.pop("DEFAULTS")  # not a setting: it remembers what the settings were before papermill changed them
-    return {name: (ast.literal_eval(found["default"]), found["help"]) for name, found in parameters.items()}
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    source = "".join(next(cell["source"] for cell in cells if "parameters" in cell["metadata"].get("tags", [])))
+    lines, settings = source.splitlines(), {}
+    for node in ast.parse(source.partition("\nDEFAULTS = ")[0]).body:  # which is no setting
+        comment = lines[node.end_lineno - 1][node.end_col_offset :].partition("#")[2].strip()
+        settings[node.targets[0].id] = ast.literal_eval(node.value), comment
+    return settings
 
 
-def build_parser(settings: dict[str, tuple[object, str]]) -> argparse.ArgumentParser:
+def build_parser(settings: dict[str, tuple[object, str]]) -> Parser:
     """The options of this command, and one for each setting of the notebook."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "helpers.train_recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip
-    recipes = parser.add_argument("--recipe", nargs="+", required=True, help="what to train, in this order")
-    recipes.choices = [*settings["RECIPES"][0], "all"]
-    spread = "several recipes: one at a time on each of these GPUs; one recipe: its layers are spread over them"
-    parser.add_argument("--gpu", nargs="+", metavar="ID", help=spread)
-    skip = "for a recipe in two stages: what its first stage left, which is not trained again then"
+    add_recipes(parser, [*settings["RECIPES"][0], REWARD])
+    skip = f"a full checkpoint to start from in place of base or first stage; for {REWARD} what a recipe left"
     parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help=skip)
     file = f"settings as papermill takes them ({', '.join(NOTEBOOK_ONLY)} are ignored); options override them"
     parser.add_argument("--parameters", type=Path, metavar="FILE.yaml", help=file)
     rate = "peak, for all recipes; default: what LEARNING_RATES names, else the recipe's own"
     parser.add_argument("--learning-rate", type=float, help=rate)
+    parser.add_argument("--collator", help="v1-all-tokens or v2-assistant-only; default: the recipe's own, the latter")
+    merge = "write the best recipe without adapters into OUTPUT_DIR/merged; refused if it differs by 0.01 mean IoU"
+    parser.add_argument("--merge", action="store_true", help=merge)
+    lines = "print a JSON object for each event and one with the results, nothing else"
+    parser.add_argument("--json", action="store_true", help=lines)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # one of several recipes
     parser.set_defaults(learning_rates=settings["LEARNING_RATES"][0])
     for name in settings:
         if name not in (*NOTEBOOK_ONLY, "LEARNING_RATES"):
             add_setting(parser, name, *settings[name])
+    none = {"action": "store_const", "const": "none", "default": argparse.SUPPRESS, "dest": "report_to"}
+    parser.add_argument("--no-wandb", help="the same as --report-to none", **none)
     return parser
 
 
-def add_setting(parser: argparse.ArgumentParser, name: str, default: object, comment: str) -> None:
+def add_recipes(parser: Parser, names: Sequence[str]) -> None:
+    """What to train, r1 standing for r1-llm-only, and on which GPUs."""
+    short = {name.partition("-")[0]: name for name in names}
+    recipes = parser.add_argument("--recipe", nargs="+", required=True, type=lambda word: short.get(word, word))
+    recipes.help, recipes.choices = f"what to train, in this order; for short: {', '.join(short)}", [*names, "all"]
+    spread = "several recipes: one at a time on each of these GPUs; one recipe: its layers are spread over them"
+    parser.add_argument("--gpu", nargs="+", metavar="ID", help=f"{spread} (0 1, or 0,1)")
+
+
+def add_setting(parser: Parser, name: str, default: object, comment: str) -> None:
     """MAX_STEPS becomes --max-steps; a setting that is on or off becomes two options; None stands for a number."""
-    option = f"--{name.lower().replace('_', '-')}"
+    options = [f"--{name.lower().replace('_', '-')}", *ALIASES.get(name, [])]
     help_text = f"{comment} (default: {default})".lstrip().replace("%", "%%")  # argparse reads % as a format
     kind = TYPES.get(name, int if default is None else type(default))
-    if kind is bool:
-        parser.add_argument(option, default=default, action=argparse.BooleanOptionalAction, help=help_text)
-    else:
-        parser.add_argument(option, default=default, type=kind, help=help_text)
+    how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+    parser.add_argument(*options, default=default, dest=name.lower(), help=help_text, **how)
 
 
-def parse(
-    parser: argparse.ArgumentParser, settings: dict[str, tuple[object, str]], argv: Sequence[str]
-) -> argparse.Namespace:
+def parse(parser: Parser, settings: dict[str, tuple[object, str]], argv: Sequence[str]) -> argparse.Namespace:
     """The options, over the settings of a parameters file, over those of the notebook. Raises ValueError."""
     options = parser.parse_args(argv)
     if options.parameters:
         parser.set_defaults(**read_parameters_file(options.parameters, {*settings, "LEARNING_RATE"}))
         options = parser.parse_args(argv)
-    options.recipe = list(dict.fromkeys(settings["RECIPES"][0] if "all" in options.recipe else options.recipe))
-    if len(options.recipe) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ValueError("torchrun trains one recipe on all its GPUs: give --recipe one name, or leave torchrun out")
-    if options.again and "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ValueError(
-            "--again deletes a folder, which torchrun's processes share: delete it, and leave --again out"
-        )
-    if len(options.recipe) > 1 and options.checkpoint:
-        raise ValueError("--checkpoint belongs to one recipe: give --recipe one name, or leave --checkpoint out")
+    names = settings["RECIPES"][0]
+    options.recipe = list(dict.fromkeys(names if "all" in options.recipe else options.recipe))
+    options.gpu = read_gpus(options.gpu)
+    if options.learning_rate is not None:
+        options.learning_rates = dict.fromkeys(names, options.learning_rate)
+    check_combinations(options)
     return options
+
+
+def read_gpus(words: Sequence[str] | None) -> list[str]:
+    """`0 1` and `0,1` name the same GPUs. Raises ValueError where a name is none, or comes twice."""
+    gpus = [gpu.strip() for word in words or [] for gpu in word.split(",")]
+    if wrong := [gpu for gpu in gpus if not re.fullmatch(r"\d+|(GPU|MIG)-[\w/-]+", gpu) or gpus.count(gpu) > 1]:
+        raise ValueError(f"--gpu {' '.join(words)}: name each GPU once, as `nvidia-smi -L` does, not {wrong[0]!r}")
+    return gpus
+
+
+def check_combinations(options: argparse.Namespace) -> None:
+    """Raise ValueError for options that exclude each other."""
+    several, torchrun = len(options.recipe) > 1, "TORCHELASTIC_RUN_ID" in os.environ
+    problems = {
+        "torchrun trains one recipe on all its GPUs: give --recipe one name, or leave torchrun out": several,
+        "--again deletes a folder, which torchrun's processes share: delete it, and leave --again out": options.again,
+        "--json starts a process of its own for the recipe, torchrun those that share it: leave one out": options.json,
+    }
+    found = [problem for problem, is_there in problems.items() if torchrun and is_there]
+    if several and options.checkpoint:
+        found += ["--checkpoint belongs to one recipe: give --recipe one name, or leave --checkpoint out"]
+    if REWARD in options.recipe and (several or not options.checkpoint):
+        found += [f"{REWARD} starts from what another recipe left: give --recipe its name alone, and --checkpoint"]
+    if found:
+        raise ValueError("\n".join(found))
 
 
 def read_parameters_file(path: Path, known: set[str]) -> dict[str, object]:
     """Settings by the names of their options. Raises ValueError for a file that cannot be read, or names others."""
     try:
         values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"--parameters {path}: give a YAML file that can be read ({error})") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--parameters {path}: give a YAML file that can be read ({reason})") from error
     if not isinstance(values, dict):
         raise ValueError(f"--parameters {path} holds no settings: write lines such as `MAX_STEPS: 100`")
     if unknown := sorted(str(name) for name in values.keys() - known):
@@ -133,126 +192,58 @@ def choose_gpus(gpus: Sequence[str]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
 
 
-def check_checkpoint(folder: Path, name: str) -> None:
-    """Raise ValueError unless the recipe has stages and `folder` holds what the first of them leaves."""
+def check_checkpoint(folder: Path, recipe: str) -> None:
+    """Raise ValueError unless a folder holds what the recipe can start from."""
+    file = folder / ("recipe.json" if recipe == REWARD else "config.json")
+    if not file.is_file():
+        raise ValueError(
+            f"--checkpoint {folder} holds no {'result' if recipe == REWARD else 'full checkpoint'} (there is no "
+            f"{file.name}): give the folder that --recipe {'r4-joint' if recipe == REWARD else 'r2-vision-only'} left"
+        )
+
+
+def check_gpus(gpus: Sequence[str]) -> None:
+    """Raise ValueError where there is a driver, and CUDA does not find the GPUs: it would train on the CPU."""
+    import torch
+
+    if NVIDIA_DRIVER.exists() and (count := torch.cuda.device_count()) < len(gpus):
+        raise ValueError(f"--gpu {' '.join(gpus)}: CUDA finds {count} of them; `nvidia-smi -L` lists what there is")
+
+
+def choose_collator(name: str) -> None:
+    """Let all recipes and stages of this process use a collator. Raises ValueError for an unknown one."""
     from helpers.recipes import CATALOGUE
 
-    staged = [recipe.name for recipe in CATALOGUE.values() if recipe.stages]
-    if name not in staged:
-        raise ValueError(
-            f"--checkpoint belongs to a recipe in stages ({', '.join(staged)}), {name} has none: to start it from "
-            "trained weights, give their folder as --model-id"
-        )
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"--checkpoint {folder} holds no full checkpoint (there is no config.json): give the folder that "
-            f"--recipe {CATALOGUE[name].stages[0]} left, or leave the option out to train all stages"
-        )
+    CATALOGUE.update({recipe.name: replace(recipe, collator=name) for recipe in CATALOGUE.values()})
 
 
-# Several recipes: a process for each
+def check(options: argparse.Namespace) -> None:
+    """Choose GPUs and collator, make the dataset if need be, and raise ValueError for what cannot be meant."""
+    if options.gpu:
+        choose_gpus(options.gpu)
+    if options.collator:
+        choose_collator(options.collator)
+    if options.child or int(os.environ.get("RANK", 0)) > 0:
+        return  # another process has looked
+    from huggingface_hub import get_token
 
+    from helpers.checks import check_before_loading
 
-@dataclass(frozen=True)
-class Child:
-    """A recipe that is being trained in a process of its own."""
-
-    recipe: str
-    gpu: str | None
-    log: Path
-    process: subprocess.Popen
-    started: float = field(default_factory=time.monotonic)
-
-
-def start(recipe: str, gpu: str | None, argv: Sequence[str], output_dir: Path) -> Child:
-    """Give this command again, for one recipe and GPU: of an option that comes twice, the last one counts."""
-    log = output_dir / recipe / "train.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "helpers.train_recipe", *argv, "--recipe", recipe]
-    with log.open("a") as file:
-        process = subprocess.Popen(
-            [*command, "--gpu", gpu] if gpu else command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},  # its lines and progress bars in the order they were written
-            preexec_fn=end_with_parent,
-        )
-    return Child(recipe, gpu, log, process)
-
-
-def end_with_parent() -> None:
-    """Let the kernel end this process when the one that started it dies, however it dies (Linux)."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def describe_start(child: Child) -> str:
-    """Where it runs, and where to read what it says."""
-    return f"{child.recipe}: started{f' on GPU {child.gpu}' if child.gpu else ''}, log in {child.log}"
-
-
-def describe_end(child: Child) -> str:
-    """How it ended, where to read why, and when."""
-    minutes, code = (time.monotonic() - child.started) / 60, child.process.returncode
-    end = f"FAILED with exit code {code}, see {child.log}" if code else "done, exit code 0"
-    return f"{child.recipe}: {end} ({minutes:.1f} minutes)"
-
-
-def launch(recipes: Sequence[str], gpus: Sequence[str | None], argv: Sequence[str], output_dir: Path) -> int:
-    """Train the recipes, at most one at a time on each GPU; returns how many failed. They end when this ends."""
-    waiting, free, running, failures = deque(recipes), deque(gpus), [], 0
-    try:
-        while waiting or running:
-            while waiting and free:
-                running.append(start(waiting.popleft(), free.popleft(), argv, output_dir))
-                print(describe_start(running[-1]), flush=True)
-            time.sleep(0.2)
-            for child in [child for child in running if child.process.poll() is not None]:
-                running.remove(child)
-                free.append(child.gpu)
-                failures += child.process.returncode != 0
-                print(describe_end(child), flush=True)
-    finally:
-        for child in running:
-            child.process.terminate()
-        for child in running:
-            child.process.wait()
-            print(f"{child.recipe}: stopped", flush=True)
-    return failures
+    check_gpus(options.gpu)
+    if options.checkpoint:
+        check_checkpoint(options.checkpoint, options.recipe[0])
+    if options.push_to_hub and not get_token():
+        raise ValueError("--push-to-hub: log in first, with `hf auth login`")
+    check_before_loading(to_settings(options), [name for name in options.recipe if name != REWARD])
+    options.dataset_id = prepare(options.dataset_id, options.output_dir)
 
 
 # One recipe: in this process
 
 
-@contextmanager
-def own(folder: Path) -> Iterator[None]:
-    """Keep other commands out of a folder as long as this one lives. Raises UsageError that names the owner."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            remedy = "wait until it has ended, stop it, or set another OUTPUT_DIR"
-            raise UsageError(f"{folder} is in use by {file.read()}: {remedy}") from error
-        except OSError as error:
-            print(f"{folder} cannot be locked on this file system ({error.strerror}): start no second process in it")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-
-
 def to_settings(options: argparse.Namespace) -> SimpleNamespace:
-    """The notebook's `settings`: the options by their names; --learning-rate is that of all recipes and stages."""
-    from helpers.recipes import CATALOGUE
-
-    settings = SimpleNamespace(**vars(options))
-    one_for_all = options.learning_rate is not None
-    rates = dict.fromkeys(CATALOGUE, options.learning_rate) if one_for_all else options.learning_rates
-    settings.learning_rates = {name: float(rate) for name, rate in rates.items()}  # YAML takes 1e-3 for a text
-    return settings
+    """The notebook's `settings`: the options by their names."""
+    return SimpleNamespace(**vars(options))
 
 
 def prepare(dataset_id: str, output_dir: Path) -> str:
@@ -266,31 +257,54 @@ def prepare(dataset_id: str, output_dir: Path) -> str:
 
 
 def train_and_evaluate(options: argparse.Namespace) -> None:
-    """Train the recipe, load what it left from disk, measure it and print that; of several processes, one does.
+    """Train the recipe, load what it left from disk, measure it and the baselines; of several processes, one does.
 
     Raises UsageError for settings, data or a folder that cannot be meant.
     """
+    from helpers.comparison import measure_baselines
     from helpers.data import load_splits
+    from helpers.deployment import write_model_card
     from helpers.loading import release_memory
-    from helpers.recipes import CATALOGUE
-    from helpers.runs import OtherRunError
-    from helpers.training import evaluate_run, run_recipe
+    from helpers.metrics import summarize
+    from helpers.trackers import log_result
+    from helpers.training import evaluate_run
 
     settings = to_settings(options)
     try:
         splits = load_splits(settings)
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(error) from error
-    try:
-        run = run_recipe(CATALOGUE[options.recipe[0]], settings, splits, options.checkpoint)
-    except OtherRunError as error:
-        raise UsageError(error) from error
+    run = train(options, settings, splits)
     release_memory()
+    is_new = not (run.path / "metrics.json").exists()
+    metrics = evaluate_run(run, settings, splits.evaluation)  # torchrun's processes share the images
     if leave_group() == 0:
-        evaluate_run(run, settings, splits.evaluation)
-        print(f"{run.path}: {json.dumps(compare(options.output_dir)[run.path.name], indent=2)}")
-        if (features := options.output_dir / "features").is_dir():
-            print(f"{features} can be deleted when no other recipe is to be trained into {options.output_dir}")
+        if is_new:
+            log_result(run, settings, metrics)
+        write_model_card(run.path, summarize(run.read_records()))
+        release_memory()
+        measure_baselines(settings, splits)
+
+
+def train(options: argparse.Namespace, settings: SimpleNamespace, splits: Splits) -> RunFolder:
+    """Train the recipe; before anything was begun in its folder, see if it can be trained. Raises UsageError."""
+    from helpers.preflight import PreflightError, check_recipe
+    from helpers.recipes import CATALOGUE
+    from helpers.runs import OtherRunError
+    from helpers.training import run_recipe
+
+    name, start = options.recipe[0], options.checkpoint
+    try:
+        if name == REWARD:
+            from helpers.reward import R5, run_reward_recipe
+
+            recipe = replace(R5, learning_rate=options.learning_rate or R5.learning_rate)
+            return run_reward_recipe(settings, splits, start, recipe)
+        if settings.again or not any((options.output_dir / name).rglob("run.json")):
+            check_recipe(CATALOGUE[name], settings, splits, start and str(start))
+        return run_recipe(CATALOGUE[name], settings, splits, start)
+    except (OtherRunError, PreflightError) as error:
+        raise UsageError(error) from error
 
 
 def leave_group() -> int:
@@ -302,56 +316,108 @@ def leave_group() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def compare(output_dir: Path) -> dict[str, dict]:
-    """Write and return `comparison.json`, one process at a time: recipes that run side by side may end together."""
-    from helpers.runs import save_comparison
+def conclude(options: argparse.Namespace, merge: bool) -> dict:
+    """Compare all that OUTPUT_DIR holds; merge and upload the best recipe if asked to. Returns what was found.
 
-    handle = os.open(output_dir, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
+    Raises UsageError where the merged model is not the model that was merged.
+    """
+    from helpers.comparison import compare, merge_best
+    from helpers.results import upload
+
+    metrics, differences = compare(options.output_dir)
+    result = {"event": "result", "metrics": metrics, "differences": differences}
+    if (features := options.output_dir / "features").is_dir():
+        print(f"{features} can be deleted when no other recipe is to be trained into {options.output_dir}")
+    if not merge:
+        return result
     try:
-        return save_comparison(output_dir)
-    finally:
-        os.close(handle)  # frees the lock
+        merged = merge_best(options.output_dir, metrics, to_settings(options))
+    except ValueError as error:
+        raise UsageError(error) from error
+    if options.push_to_hub:
+        upload(merged, options.push_to_hub)
+    return result | {"merged": str(merged)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command, see the module's docstring; returns the exit code, which is 2 for options that cannot be."""
+    """The command, see the module's docstring. Exit code 2 for what cannot be, a line for each problem on stderr."""
+    # when imported on a CPU it asks for an optional package that would download kernels
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser(settings := read_notebook_settings())
     try:
-        options = parse(parser, settings, argv)
-        if options.gpu and len(options.recipe) == 1:
-            choose_gpus(options.gpu)
-        if options.checkpoint:
-            check_checkpoint(options.checkpoint, options.recipe[0])
-        options.dataset_id = prepare(options.dataset_id, options.output_dir)
-    except ValueError as error:
+        options = parse_and_check(parser, settings, argv)
+        several = len(options.recipe) > 1 or options.json
+        return train_several(options, argv) if several and not options.child else train_one(options)
+    except (UsageError, InUseError) as error:
         parser.error(str(error))
-    if len(options.recipe) == 1:
-        return train_one(parser, options)
-    return launch_until_interrupted(options, argv)
+    except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
+        return 130
+    except Exception as error:
+        from helpers.checks import describe_os_error
+
+        if line := describe_os_error(error):
+            parser.error(line)
+        raise
 
 
-def train_one(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+def parse_and_check(
+    parser: Parser, settings: dict[str, tuple[object, str]], argv: Sequence[str]
+) -> argparse.Namespace:
+    """The options, when they can be meant and the folders of the recipes are free. Raises UsageError, InUseError."""
+    try:
+        options = parse(parser, settings, argv)
+        check_settings(to_settings(options), settings["RECIPES"][0])
+        for recipe in options.recipe:
+            check_free(options.output_dir / recipe)
+        check(options)
+    except ValueError as error:
+        raise UsageError(error) from error
+    return options
+
+
+def train_one(options: argparse.Namespace) -> int:
     """Train one recipe as the only process in its folder; of torchrun's processes, the first one holds the lock."""
     is_first = int(os.environ.get("RANK", 0)) == 0
-    try:
-        with own(options.output_dir / options.recipe[0]) if is_first else nullcontext():
-            train_and_evaluate(options)
-    except UsageError as error:
-        parser.error(" ".join(str(error).split()))
+    with own(options.output_dir / options.recipe[0]) if is_first else nullcontext():
+        train_and_evaluate(options)
+        if is_first:
+            conclude(options, merge=not options.child and bool(options.merge or options.push_to_hub))
     return 0
 
 
-def launch_until_interrupted(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """`launch`, which Ctrl-C and SIGTERM end; returns the exit code."""
+def train_several(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Train recipes in processes of their own, which Ctrl-C and SIGTERM end; returns the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        argv = [*argv, "--dataset-id", options.dataset_id]
-        return int(launch(options.recipe, options.gpu or [None], argv, options.output_dir) > 0)
-    except KeyboardInterrupt:
-        return 130
+    if (at_interrupt := signal.getsignal(signal.SIGINT)) is end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the table is taken down, the others are told to end
+    gpus = options.gpu if len(options.recipe) > 1 else [",".join(options.gpu)]
+    argv = [*argv, "--dataset-id", options.dataset_id]
+    campaign = Campaign(options.recipe, gpus or [""], argv, options.output_dir, options.again)
+    with open_display(options.recipe, options.json) as show:
+        failures = launch(campaign, show)
+    signal.signal(signal.SIGINT, at_interrupt)
+    result = {"event": "result", "metrics": {}, "differences": []}
+    if failures < len(options.recipe):
+        with redirect_stdout(sys.stderr) if options.json else nullcontext():
+            result = conclude(options, merge=not failures and bool(options.merge or options.push_to_hub))
+    if options.json:
+        print(json.dumps(result))
+    return int(failures > 0)
+
+
+def end_at_once(*_: object) -> None:
+    """End the process at SIGINT, which loses nothing here. The usual exception would not always arrive: some libraries
+    catch all exceptions, as `datasets` does around its fingerprints, and the run would go on.
+    """
+    print(INTERRUPTED, file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 if __name__ == "__main__":
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # a shell lets its jobs in the background ignore it
+        signal.signal(signal.SIGINT, end_at_once)
     sys.exit(main())

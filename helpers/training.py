@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +22,7 @@ from datasets import Dataset
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
@@ -82,12 +83,13 @@ def create_training_config(recipe: TrainingRecipe, settings: SimpleNamespace, pl
         dataloader_num_workers=min(8, os.cpu_count() // 2) if on_gpu else 0,
         seed=settings.seed,
         report_to=settings.report_to,
+        project=os.environ.get("WANDB_PROJECT", Path(settings.output_dir).resolve().name),  # of trackers
         logging_steps=5,
         disable_tqdm=True,  # TrainingProgress takes its place
         **OPTIMISATION,
         **EXAMPLES,
-        eval_steps=1 / settings.evaluations,  # of all steps
-        save_steps=1 / settings.evaluations,
+        eval_steps=min(1 / settings.evaluations, 0.999999),  # of all steps; 1 would be every step
+        save_steps=min(1 / settings.evaluations, 0.999999),
         **VALIDATION,
         **CHECKPOINTS,
         **SELECTION,
@@ -98,7 +100,10 @@ def create_training_config(recipe: TrainingRecipe, settings: SimpleNamespace, pl
 
 
 class TrainingProgress(ProgressCallback):
-    """One bar with the latest loss, the same in notebooks, terminals and log files; tells `mirroring` the epoch."""
+    """One bar with the latest loss, the same in notebooks, terminals and log files; `progress.json` for who watches.
+
+    Tells `mirroring` the epoch.
+    """
 
     def __init__(self, mirroring: Mirroring):
         super().__init__()
@@ -114,6 +119,11 @@ class TrainingProgress(ProgressCallback):
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+        if state.is_world_process_zero:
+            shown = ("loss", "eval_mean_iou")
+            latest = {name: entry[name] for entry in state.log_history for name in shown if name in entry}
+            progress = {"step": state.global_step, "steps": state.max_steps} | latest
+            write_json(Path(args.output_dir) / "progress.json", progress)
 
     def on_prediction_step(self, *arguments, **options):
         """No bar for the validation loss."""
@@ -136,7 +146,7 @@ class CheckpointingTrainer(SFTTrainer):
     """SFTTrainer whose checkpoints are whole, hold what is trained, and are read back or refused."""
 
     def _save_checkpoint(self, model, trial) -> None:
-        """A checkpoint gets its name when it is whole; only then may an older one be deleted."""
+        """A checkpoint gets its name when it is whole; then an older one may go."""
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         self.args.output_dir = str(folder / "unfinished")
         super()._save_checkpoint(model, trial)
@@ -165,10 +175,18 @@ class CheckpointingTrainer(SFTTrainer):
         return super()._finalize_training(*arguments)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Adapters as usual; of other models the trained weights, by their names in memory."""
+        """Adapters as usual; of other models the trained weights, by their names in memory.
+
+        Of a sharded model `state_dict` has the whole weights, in the first process only.
+        """
         if isinstance(self.model, PeftModel):
             return super()._save(output_dir, state_dict)
-        trained = {name: p.data.contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
+        if not self.is_world_process_zero():
+            return
+        trained = {name: p.data for name, p in self.model.named_parameters() if p.requires_grad}
+        if self.is_fsdp_enabled:
+            trained = {name: state_dict[name] for name in trained}
+        trained = {name: tensor.contiguous() for name, tensor in trained.items()}
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(trained, Path(output_dir) / "model.safetensors", metadata={"format": "pt"})
 
@@ -183,10 +201,17 @@ class CheckpointingTrainer(SFTTrainer):
 class DetectionTrainer(CheckpointingTrainer):
     """Trains a detector, and asks it about `validation_rows` at every evaluation."""
 
-    def __init__(self, detector: Detector, validation_rows: Dataset, micro_batch_size: int, **arguments):
+    def __init__(
+        self,
+        detector: Detector,
+        validation_rows: Dataset,
+        micro_batch_size: int,
+        loss_function: Callable | None = None,
+        **arguments,
+    ):
         super().__init__(model=detector.model, processing_class=detector.processor, **arguments)
         self.detector, self.validation_rows = replace(detector, model=self.model), validation_rows
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size, self.loss_function = micro_batch_size, loss_function
 
     def evaluate(self, *arguments, **options) -> dict[str, float]:
         """The loss as usual, the mean IoU, and `eval_selection`, by which the best checkpoint is chosen."""
@@ -196,6 +221,16 @@ class DetectionTrainer(CheckpointingTrainer):
         mean_iou = summarize(records)["mean_iou"]
         self.log({"eval_mean_iou": mean_iou})
         return metrics | {"eval_mean_iou": mean_iou, "eval_selection": mean_iou - 1e-6 * metrics["eval_loss"]}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The recipe's loss, if it has its own; evaluations keep cross-entropy, in which recipes can be compared."""
+        if self.loss_function is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels, others = inputs["labels"], {name: inputs[name] for name in inputs if name != "labels"}
+        first = max(1, (labels != -100).any(dim=0).nonzero()[0].item())  # no logits before: the vocabulary is large
+        logits = model(**others, use_cache=False, logits_to_keep=labels.shape[1] - first + 1).logits
+        loss = self.loss_function(logits[:, :-1], labels[:, first:], num_items_in_batch)
+        return loss * self.accelerator.num_processes  # which share the tokens that were counted; DDP takes the mean
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """A step in micro-batches; logs gradient norms by area. Raises RuntimeError where one is 0, or no number."""
@@ -251,6 +286,7 @@ def build_trainer(
         detector,
         splits.validation,
         plan.micro_batch_size,
+        recipe.loss_function and recipe.loss_function(detector.processor),
         args=create_training_config(recipe, settings, plan),
         train_dataset=to_training_dataset(splits.train, detector.task, mirroring),
         eval_dataset=to_training_dataset(splits.validation, detector.task, Mirroring()),
@@ -258,7 +294,12 @@ def build_trainer(
         peft_config=build_lora_config_for_recipe(recipe),
         callbacks=[TrainingProgress(mirroring)],
     )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
+        raise RuntimeError("FSDP was asked for, but accelerate shards on GPUs only: leave it out, or use GPUs.")
     trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = f"{trainer.args.output_dir}/tensorboard"  # else named by date and host
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -268,6 +309,9 @@ def build_trainer(
     if can_compile(settings):
         compile_layers(model, recipe)
     print(describe_plan(plan))
+    if (processes := trainer.args.world_size) > 1:
+        images = trainer.args.per_device_train_batch_size
+        print(f"{processes} processes with {images} images each: {processes * images} images a step")
     return trainer
 
 
@@ -277,6 +321,7 @@ def describe_run(recipe: TrainingRecipe, settings: SimpleNamespace, splits: Spli
     names = "num_epochs", "max_steps", "batch_size", "evaluations", "flip_probability", "max_new_tokens", "seed"
     made = {"started_from": start, "base_hash": hash_weights(start)}
     made["lora_target_modules"] = recipe.lora_target_modules
+    made["loss_function"] = recipe.loss_function and recipe.loss_function.__name__
     made["schedule"] = {name: getattr(settings, name) for name in names}
     made["rows"] = {"train": hash_rows(splits.train), "validation": hash_rows(splits.validation)}
     given = json.loads(json.dumps(vars(settings), default=str))
@@ -322,7 +367,7 @@ def run_recipe(
 
 def adjust(recipe: TrainingRecipe, settings: SimpleNamespace) -> TrainingRecipe:
     """A recipe with the learning rate, precision and rank that the settings name for it, if they do."""
-    changes = {"learning_rate": settings.learning_rates.get(recipe.name, recipe.learning_rate)}
+    changes = {"learning_rate": float(settings.learning_rates.get(recipe.name, recipe.learning_rate))}
     if settings.precision and recipe.train_llm == "lora":
         changes["precision"] = settings.precision
     if settings.lora_rank:
@@ -347,6 +392,10 @@ def train(recipe: TrainingRecipe, settings: SimpleNamespace, splits: Splits, sta
     if interrupted := find_checkpoint(run.path):
         print(f"going on from {interrupted}")
         trainer.args.eval_on_start = False
+    if settings.report_to == "wandb" and trainer.is_world_process_zero():
+        wandb = importlib.import_module("wandb")  # the Trainer would go on with the run of the recipe before
+        wandb.finish()
+        wandb.init(project=trainer.args.project, name=recipe.name)
     trainer.train(resume_from_checkpoint=interrupted)
     if can_compile(settings):
         print(describe_compilation())
@@ -380,9 +429,10 @@ def save_trained(trainer: DetectionTrainer, run: RunFolder, provenance: dict) ->
     if not isinstance(trainer.model, PeftModel):
         trainer.model.to(best_dtype())  # trained in float32, used in what it was loaded in
     trainer.save_state()
+    whole = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     trainer.accelerator.wait_for_everyone()  # under torchrun, others may still be reading the best checkpoint
     if trainer.is_world_process_zero():
-        trainer.model.save_pretrained(run.path)
+        trainer.model.save_pretrained(run.path, state_dict=whole)
         trainer.processing_class.save_pretrained(run.path)
         write_json(run.path / "recipe.json", provenance | {"steps": trainer.state.global_step})
         delete_checkpoints(run.path)
@@ -397,11 +447,11 @@ def load_trained_model(folder: Path, precision: str | None = None) -> PreTrained
     saved, is_adapter = RunFolder(folder).read_recipe(), (folder / "adapter_config.json").exists()
     precision, beside = precision or saved["precision"], folder / saved["base"]  # which was moved with it, if it was
     base = str(folder) if not is_adapter else str(beside) if beside.is_dir() else saved["started_from"]
-    if is_adapter and Path(base).is_dir() and hash_weights(base) != saved.get("base_hash", hash_weights(base)):
+    if is_adapter and "base_hash" in saved and Path(base).is_dir() and hash_weights(base) != saved["base_hash"]:
         raise ValueError(f"{folder} was trained on other weights than those in {base}: bring its base back there.")
     model = load_model(base, precision == "nf4", best_dtype())
     if precision == "nf4" and torch.cuda.is_available() and free_memory() > 5 * model.get_memory_footprint():
-        model.dequantize(best_dtype())  # the same numbers, unpacked once in place of once a product
+        model.dequantize(best_dtype())
     use_packed_attention(model)
     if is_adapter:
         model = PeftModel.from_pretrained(model, str(folder)).to(best_dtype())  # its weights come in float32
@@ -422,12 +472,13 @@ def evaluate_run(run: RunFolder, settings: SimpleNamespace, rows: Dataset) -> di
 
     Nothing is loaded where that was done already.
     """
-    file, limits = (
-        run.path / "metrics.json",
-        {"max_new_tokens": settings.max_new_tokens, "max_pixels": settings.max_pixels},
-    )
+    file = run.path / "metrics.json"
+    limits = {"max_new_tokens": settings.max_new_tokens, "max_pixels": settings.max_pixels}
     about = limits | {"rows": hash_rows(rows)}
     known = json.loads(file.read_text()) if file.exists() else {}
     if known.get("about") == about:
         return known
-    return run.write_records(evaluate_detector(load_detector(run.path, settings), rows), about)
+    records = evaluate_detector(load_detector(run.path, settings), rows)
+    if int(os.environ.get("RANK", 0)) > 0:  # of torchrun's processes, which had a share each, the first one writes
+        return summarize(records)
+    return run.write_records(records, about)

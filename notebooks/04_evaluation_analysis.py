@@ -71,6 +71,7 @@ from transformers.utils.logging import disable_progress_bar as disable_loading_b
 
 from helpers import evaluation
 from helpers.data import load_rows, read_row
+from helpers.deployment import as_code
 from helpers.detection import add_answer, normalize_label
 from helpers.generation import Answer, Detector, generate, to_questions
 from helpers.loading import best_dtype, load_model, release_memory
@@ -918,8 +919,8 @@ def plot_confusions(counts: pd.DataFrame) -> plt.Figure:
     for (row, column), count in np.ndenumerate(counts):
         colour = "white" if shares.iloc[row, column] > 0.5 else "black"
         axes.text(column, row, count, ha="center", va="center", color=colour)
-    axes.set_xticks(range(counts.shape[1]), counts.columns, rotation=30, ha="right")
-    axes.set_yticks(range(len(counts)), counts.index)
+    axes.set_xticks(range(counts.shape[1]), counts.columns, rotation=30, ha="right", parse_math=False)
+    axes.set_yticks(range(len(counts)), counts.index, parse_math=False)
     axes.set(xlabel="answered", ylabel="true", title="Which label is taken for which")
     return figure
 
@@ -1041,7 +1042,7 @@ def plot_card(records: Sequence[dict], title: str, colour: str = BLUE) -> plt.Fi
     axes[3].invert_yaxis()
     axes[3].margins(x=0.15)
     axes[3].set(title="kinds of errors", xlabel="boxes")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     return figure
 
 
@@ -1107,12 +1108,17 @@ def plot_worst(records: Sequence[dict], images: Sequence[Image.Image]) -> plt.Fi
 
 def describe_table(table: pd.DataFrame) -> list[str]:
     """A table as lines of Markdown."""
-    rows = [["", *table.columns], ["---"] * (table.shape[1] + 1)]
+    rows = [["", *map(as_cell, table.columns)], ["---"] * (table.shape[1] + 1)]
     rows += [
-        [name, *("n/a" if pd.isna(value) else f"{value:.3f}".removesuffix(".000") for value in row)]
+        [as_cell(name), *("n/a" if pd.isna(value) else f"{value:.3f}".removesuffix(".000") for value in row)]
         for name, row in zip(table.index, table.to_numpy(), strict=True)
     ]
     return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def as_cell(name: str) -> str:
+    """A label in a cell of a table, as it is: neither Markdown nor HTML."""
+    return re.sub(r"([\\`*\[\]<>|$~])", r"\\\1", " ".join(name.split()))
 
 
 def describe_card(name: str, report: dict, worst: Sequence[str]) -> str:
@@ -1129,7 +1135,7 @@ def describe_card(name: str, report: dict, worst: Sequence[str]) -> str:
     lines += ["", "![Precision and recall, IoU, reliability, kinds of errors](plots.png)"]
     if worst:
         lines += ["", "The worst images, truth dashed, prediction solid:", "", "![Worst images](worst.png)", ""]
-        lines += [f"{number}. `{image_id}`" for number, image_id in enumerate(worst, start=1)]
+        lines += [f"{number}. {as_code(image_id)}" for number, image_id in enumerate(worst, start=1)]
     return "\n".join([*lines, ""])
 
 

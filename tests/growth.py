@@ -1,6 +1,6 @@
 """How start, memory and evaluation grow with the number of pictures: a table.
 
-    PYTHONPATH=. python tests/growth.py OUTPUT --rows 1000 10000 50000    # 11 GB of disk, half an hour on two cores
+    PYTHONPATH=.:tests python tests/growth.py OUTPUT --rows 1000 10000 50000    # 11 GB of disk
 
 Pictures are 200 drawn packages, enlarged to 1,024 pixels and repeated under other ids. Each line is measured in
 processes of their own: the first start reads and checks every picture, the second one finds what was found; both end

@@ -1,11 +1,13 @@
 """Kill trainings with SIGKILL at many moments, give them again, and compare with runs that nobody interrupted.
 
     PYTHONPATH=. python tests/interruptions.py OUTPUT --kills 100      # the whole campaign, with its table
+    PYTHONPATH=. python tests/interruptions.py OUTPUT --kills 0 --notebook 20    # of the notebook under papermill
 
 Half of the kills come at moments that are spread over the duration of a run, from loading to evaluation; the others in
 the middle of what a run writes or deletes: a file is left at half its length, a folder half deleted. A run that was
 killed is given again, and has to end with the bytes of the uninterrupted one, without training again what had ended.
-A sample of it is a test: tests/test_interruptions.py.
+Of the notebook papermill and its kernel are killed, at moments that are spread over its duration; the weights of a
+training that had ended must not even be written again. A sample is a test: tests/test_interruptions.py.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -23,16 +26,18 @@ from types import SimpleNamespace
 
 import pandas as pd
 import peft.peft_model
+import psutil
 import safetensors.torch
 import torch
 import transformers.modeling_utils
 import xxhash
+import yaml
 
 from helpers.data import Splits, load_splits
 from helpers.recipes import CATALOGUE
 from helpers.runs import RunFolder
 from helpers.tiny.packages import draw_dataset
-from helpers.train_recipe import read_notebook_settings
+from helpers.train_recipe import NOTEBOOK, read_notebook_settings
 from helpers.training import DetectionTrainer, evaluate_run, run_recipe
 
 BASE = Path(__file__).parents[1] / "helpers/tiny/base"
@@ -259,14 +264,80 @@ def read_steps(folder: Path) -> Counter:
     )
 
 
+# The notebook
+
+
+def start_notebook(output: Path, folder: Path) -> subprocess.Popen:
+    """The notebook in papermill, all recipes with the small settings, into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = SMALL | {"model_id": str(BASE), "dataset_id": str(output / "dataset"), "output_dir": str(folder)}
+    parameters = {name.upper(): value for name, value in settings.items()} | {"COLLATOR_STEPS": 0}
+    (folder / "parameters.yaml").write_text(yaml.safe_dump(parameters))
+    command = [sys.executable, "-m", "papermill", str(NOTEBOOK), str(folder / "executed.ipynb"), "--kernel", "python3"]
+    command += ["--parameters_file", str(folder / "parameters.yaml"), "--no-progress-bar"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "JUPYTER_PATH": f"{sys.prefix}/share/jupyter"}
+    with (folder / "log.txt").open("a") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def kill_notebook(process: subprocess.Popen) -> None:
+    """Kill papermill and the kernel that it started."""
+    for killed in [*psutil.Process(process.pid).children(recursive=True), process]:
+        killed.kill()
+    process.wait()
+
+
+def describe_notebook_phase(folder: Path) -> str:
+    """What the notebook was doing when it was killed, by what it left."""
+    left = {str(file.relative_to(folder)) for file in folder.rglob("*.json")}
+    first, *_, last = CATALOGUE
+    phases = {"merging": "comparison.json", "evaluating": f"{last}/recipe.json", "training": f"{first}/run.json"}
+    return "notebook: " + next((phase for phase, file in phases.items() if file in left), "loading")
+
+
+def read_times(folder: Path) -> dict[Path, int]:
+    """When the weights of each training that has ended were written."""
+    runs = [file.parent for file in folder.rglob("recipe.json") if file.parent.name != "merged"]
+    return {file: file.stat().st_mtime_ns for run in runs for file in run.glob("*model.safetensors")}
+
+
+def run_notebook_campaign(output: Path, kills: int) -> pd.DataFrame:
+    """`kills` interruptions of the notebook: a line each."""
+    if not (output / "dataset").exists():
+        draw_dataset(output / "dataset", train=24, validation=4, seed=1)
+    begun, lines = time.monotonic(), []
+    assert start_notebook(output, output / "whole/notebook").wait() == 0, "see whole/notebook/log.txt"
+    duration, wanted = time.monotonic() - begun, read_results(output / "whole/notebook")
+    for number in range(kills):
+        folder = output / f"notebook-{number}"
+        process = start_notebook(output, folder)
+        time.sleep(duration * (number + 0.5) / kills)
+        kill_notebook(process)
+        line, times = {"recipe": "all", "killed while": describe_notebook_phase(folder)}, read_times(folder)
+        line["ended"] = start_notebook(output, folder).wait() == 0
+        line["identical"] = read_results(folder) == wanted
+        line["steps again"] = sum(read_times(folder)[file] != written for file, written in times.items())
+        lines.append(line)
+        print(line, flush=True)
+        if line["identical"] and not line["steps again"]:
+            shutil.rmtree(folder)
+    return pd.DataFrame(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; exit code 1 if a run did not end as the uninterrupted one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="an empty folder")
     parser.add_argument("--recipes", nargs="+", choices=CATALOGUE, default=[*CATALOGUE])
     parser.add_argument("--kills", type=int, default=100, help="of all recipes together")
+    parser.add_argument("--notebook", type=int, default=0, help="kills of the notebook")
     options = parser.parse_args(argv)
-    table = run_campaign(options.output, options.recipes, options.kills // len(options.recipes))
+    tables = []
+    if options.kills:
+        tables.append(run_campaign(options.output, options.recipes, options.kills // len(options.recipes)))
+    if options.notebook:
+        tables.append(run_notebook_campaign(options.output, options.notebook))
+    table = pd.concat(tables)
     counts = table.groupby("killed while").agg(
         kills=("ended", "size"), ended=("ended", "sum"), identical=("identical", "sum"), again=("steps again", "sum")
     )

@@ -50,6 +50,16 @@ def test_the_plan_is_above_what_was_measured(real_processor, size, peak):
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
+def test_a_step_of_grpo_is_timed(base, tmp_path, capsys):
+    shape = ["--processor", str(base), "--output", str(tmp_path), "--size", "tiny", "--images", "2", "1"]
+    main([*shape, "--only", "r5-iou-reward", "--steps", "2", "--batch-size", "1"])
+    lines = capsys.readouterr().out.partition("r5-iou-reward, 1 images a step\n")[2].splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["seconds", "step", "1", "2"]
+    assert float(lines[2].split()[1]) > 0
+
+
+@pytest.mark.slow
 def test_the_benchmark_at_its_tiny_size(base, tmp_path, capsys):
     shape = ["--processor", str(base), "--output", str(tmp_path), "--size", "tiny", "--images", "8", "4"]
     steps = ["--steps", "3", "--warm-up", "1", "--batch-size", "4", "--batch-sizes"]

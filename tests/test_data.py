@@ -275,6 +275,6 @@ def test_median_box_is_the_median_of_each_corner():
 
 
 def test_a_problem_is_told_of_an_undecoded_row():
-    row = {"image": IMAGE, "objects": {"bbox": [BOX]}}
+    row = {"image": IMAGE, "objects": {"bbox": [BOX], "category_name": ["logo"]}}
     assert describe_problem(row) is None
     assert describe_problem(row | {"objects": {"bbox": []}}) is None

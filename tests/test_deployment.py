@@ -95,9 +95,9 @@ def test_model_card_says_how_to_ask(tmp_path, family, example, coordinates):
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.base_model, card.data.datasets) == ("some/base", ["some/dataset"])
     assert (card.data.pipeline_tag, card.data.library_name) == ("image-text-to-text", "transformers")
-    assert "> Where are they?\n" in card.text
-    assert "> You see labels.\n" in card.text
-    assert "to detect: nutrition-table, logo." in card.text
+    assert "> `Where are they?`\n" in card.text
+    assert "> `You see labels.`\n" in card.text
+    assert "to detect: `nutrition-table`, `logo`." in card.text
     assert example in card.text
     assert coordinates in card.text
     assert "at most 12544 pixels" in card.text

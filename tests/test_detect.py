@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 from faster_coco_eval import COCO
 from PIL import ExifTags, Image
@@ -68,7 +69,7 @@ def test_the_command_writes_coco_results_and_drawings(result, packages, tmp_path
     printed = capsys.readouterr().out
     assert "c.jpg: image cannot be decoded (UnidentifiedImageError)" in printed
     assert "d.png: image cannot be decoded (OSError)" in printed
-    assert "e.png: 20000 x 10 pixels: one side is more than 199 times the other" in printed
+    assert "e.png: one side of 20000 x 10 pixels is more than 200 times the other" in printed
     described = json.loads((tmp_path / "out/images.json").read_text())
     assert [image["file_name"] for image in described["images"]] == [str(folder / "a.png"), str(folder / "b.jpg")]
     assert [(image["width"], image["height"]) for image in described["images"]] == [p.size for p, _ in packages[:2]]
@@ -80,6 +81,38 @@ def test_the_command_writes_coco_results_and_drawings(result, packages, tmp_path
         assert drawn.size == packages[1][0].size
     assert main([str(folder), "--model", str(result), "--output", str(tmp_path / "none"), "--threshold", "1.1"]) == 0
     assert json.loads((tmp_path / "none/detections.json").read_text()) == []
+
+
+@pytest.mark.slow
+def test_boxes_are_marked_as_accepted_or_not(result, packages, tmp_path, capsys):
+    for number, (image, _) in enumerate(packages):
+        image.save(tmp_path / f"{number}.png")
+    scores = [
+        box["score"] for boxes in Detector.from_pretrained(result).detect([p for p, _ in packages]) for box in boxes
+    ]
+    command = [str(tmp_path), "--model", str(result), "--output", str(tmp_path / "out")]
+    assert main([*command, "--accept-threshold", str(sorted(scores)[1])]) == 0
+    written = json.loads((tmp_path / "out/detections.json").read_text())
+    assert sorted((entry["score"], entry["accepted"]) for entry in written) == [
+        (score, number > 0) for number, score in enumerate(sorted(scores))
+    ]
+    assert "2 boxes accepted; 1 pictures with another box, or none, are for a person" in capsys.readouterr().out
+    for number, score in enumerate(scores, start=1):
+        with Image.open(tmp_path / f"out/{number:05d}-{number - 1}.jpg") as drawn:
+            pixels = np.asarray(drawn).reshape(-1, 3).astype(int)
+        red, grey = (np.abs(pixels - colour).sum(axis=1).min() for colour in ([215, 48, 39], [115, 115, 115]))
+        assert (red < 30) == (score > min(scores))
+        assert grey < 30 or score > min(scores)
+
+
+@pytest.mark.slow
+def test_the_mirrored_copy_is_asked_about_too(result, packages):
+    images = [image for image, _ in packages]
+    detector = Detector.from_pretrained(result)
+    once, twice = detector.detect(images), detector.detect(images, mirrored=True)
+    assert twice != once
+    ious = [match_boxes([box], [one["box"] for one in boxes]) for (_, box), boxes in zip(packages, twice, strict=True)]
+    assert sum(iou for (iou,) in ious) / 3 > 0.6
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,18 @@ def test_outputs_are_taken_over(script: Path):
     assert notebook.cells[2].outputs == [{"output_type": "stream", "name": "stdout", "text": "3\n"}]
 
 
+def test_runs_of_the_same_code_give_the_same_table(script: Path):
+    def show(table: str, address: str) -> nbformat.NotebookNode:
+        html = f'<style>#T_{table}_row0 {{}}</style><table id="T_{table}"><td>T_shirts, T_12345a</td></table>'
+        return new_output("display_data", {"text/html": html, "text/plain": f"<Styler at 0x{address}>"})
+
+    export.take_outputs(execute(script, show("0fa31", "7efd40c0")), script)
+    first = script.with_suffix(".ipynb").read_text()
+    assert "<td>T_shirts, T_12345a</td>" in first
+    export.take_outputs(execute(script, show("9bc77", "7f130596")), script)
+    assert script.with_suffix(".ipynb").read_text() == first
+
+
 def test_nothing_of_papermill_is_taken_over(script: Path):
     export.take_outputs(execute(script), script)
     text = script.with_suffix(".ipynb").read_text()

@@ -237,8 +237,8 @@ def test_nothing_half_written(folder):
 
 @pytest.mark.slow
 def test_processes_draw_what_one_process_draws(tmp_path):
-    path = tmp_path / "train.parquet"
-    packages.write_split(path, range(16), ["nutrition-table"], workers=2)
+    packages.draw_dataset(tmp_path, train=16, validation=1)  # enough for a second process
+    path = tmp_path / "data/train-00000-of-00001.parquet"
     written = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
     assert written["image_id"] == [packages.dataset_row(seed, ["nutrition-table"])["image_id"] for seed in range(16)]
     raw = written.cast_column("image", datasets.Image(decode=False))[5]["image"]["bytes"]

@@ -38,6 +38,8 @@ TOKENS = "<|object_ref_start|>nutrition-table<|object_ref_end|><|box_start|>(14,
             [(T, [14, 57, 991, 603])],
         ),
         ('{"label": "a", "bbox_2d": [1, 2.5, 3, 4]}', [("a", [1, 2.5, 3, 4])]),
+        (r'{"label": "4\" foil \\ \u00e9", "bbox_2d": [1, 2, 3, 4]}', [('4" foil \\ é', [1, 2, 3, 4])]),
+        ("{'label': 'a', 'bbox_2d': [1, 2, 3, 4]}", [("a", [1, 2, 3, 4])]),
         ('[{"bbox_2d": [[1, 2, 3, 4], [5, 6, 7, 8]], "label": "a"}]', [("a", [1, 2, 3, 4]), ("a", [5, 6, 7, 8])]),
         ('{"tables": [{"bbox_2d": [1, 2, 3, 4], "label": "a"}]}', [("a", [1, 2, 3, 4])]),
         ('[{"bbox_2d": [1, 2, 3, 4], "label": "nutri', [("", [1, 2, 3, 4])]),  # the box was whole when it was cut off

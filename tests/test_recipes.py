@@ -19,7 +19,6 @@ from helpers.recipes import (
     apply_freeze_policy,
     build_lora_config_for_recipe,
     count_trainables,
-    get_recipes,
 )
 
 R1, R2, R3, R4 = CATALOGUE.values()
@@ -30,13 +29,6 @@ def test_the_catalogue():
     assert R3.stages == ("r2-vision-only", "r1-llm-only")
     assert [recipe.quantized for recipe in (R1, R2, R4)] == [True, False, True]
     assert {recipe.collator for recipe in CATALOGUE.values()} == {"v2-assistant-only"}
-
-
-def test_unknown_recipe():
-    with pytest.raises(ValueError, match=r"Unknown recipe \['r9'\]: set RECIPES to a list out of \['r1-llm-only'"):
-        get_recipes(["r1-llm-only", "r9"])
-    with pytest.raises(ValueError, match="set RECIPES to a list"):
-        get_recipes([])
 
 
 def test_recipes_cannot_be_changed_by_accident():

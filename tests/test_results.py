@@ -33,7 +33,21 @@ def test_measuring_again_gives_the_same_figures(trained, tmp_path, capsys):
     assert len(RunFolder(moved).read_records()) == 3
     card = ModelCard.load(moved / "README.md")
     assert card.data.library_name == "peft"
-    assert "> Detect every nutrition table. Answer" in card.text  # in place of TRL's
+    assert "> `Detect every nutrition table. Answer" in card.text  # in place of TRL's
+
+
+@pytest.mark.slow
+def test_mirrored_copies_are_asked_about_into_another_folder(trained, tmp_path, capsys):
+    run, _ = trained
+    before = (run.path / "metrics.json").read_bytes()
+    command = ["--model", str(run.path), "--evaluate-only", "--mirrored", "--eval-samples", "3"]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "--mirrored goes with --evaluate-only and --output FOLDER: give both." in capsys.readouterr().err
+    assert main([*command, "--output", str(tmp_path)]) == 0
+    asked = {record["id"] for record in RunFolder(tmp_path).read_records()}
+    assert len(asked & {record["id"] for record in run.read_records()}) == 3
+    assert (run.path / "metrics.json").read_bytes() == before
 
 
 @pytest.mark.slow
@@ -73,4 +87,4 @@ def test_a_model_is_not_written_over(tmp_path, capsys):
     (tmp_path / "merged/config.json").write_text("{}")
     with pytest.raises(SystemExit):
         main(["--model", str(tmp_path), "--merge", str(tmp_path / "merged")])
-    assert "holds a model already" in capsys.readouterr().err
+    assert "is not empty" in capsys.readouterr().err

@@ -77,7 +77,11 @@ def merged(base, tmp_path_factory) -> Path:
     )
     settings = {"model_id": "base", "dataset_id": str(folder / "dataset"), "eval_split": "val", "eval_samples": None}
     settings |= {"seed": 0, "max_pixels": 10**9, "max_new_tokens": 40, "eval_batch_size": 4}
-    recipe = asdict(CATALOGUE["r2-vision-only"]) | asdict(task) | {"base": ".", "settings": settings}
+    recipe = (
+        asdict(CATALOGUE["r2-vision-only"])
+        | asdict(task)
+        | {"base": ".", "started_from": "base", "settings": settings}
+    )
     write_json(folder / "merged/recipe.json", recipe)
     assert results.main(["--model", str(folder / "merged"), "--evaluate-only"]) == 0
     return folder / "merged"

@@ -10,8 +10,9 @@ objects by themselves.
 import argparse
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -257,15 +258,10 @@ def dataset_row(seed: int, labels: Sequence[str]) -> dict:
     }
 
 
-def write_split(path: Path, seeds: range, labels: Sequence[str], workers: int) -> None:
-    """Draw one parquet file with `workers` processes; it gets its name when it is whole."""
-    progress = partial(tqdm, total=len(seeds), desc=path.name, unit="picture")
-    draw = partial(dataset_row, labels=labels)
-    if workers == 1:
-        rows = list(progress(map(draw, seeds)))
-    else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            rows = list(progress(pool.map(draw, seeds, chunksize=4)))
+def write_split(path: Path, seeds: range, labels: Sequence[str], spread: Callable) -> None:
+    """Draw one parquet file; it gets its name when it is whole. `spread` is `map`, or that of a pool of processes."""
+    pictures = spread(partial(dataset_row, labels=labels), seeds)
+    rows = list(tqdm(pictures, total=len(seeds), desc=path.name, unit="picture"))
     partial_file = path.with_suffix(".partial")
     Dataset.from_list(rows, features=FEATURES).to_parquet(partial_file)
     partial_file.replace(path)
@@ -283,10 +279,12 @@ def draw_dataset(folder: Path, train: int, validation: int, seed: int = 0, label
         raise ValueError(f"at most {SEEDS_PER_SPLIT} pictures a split, got {train} and {validation}")
     data = Path(folder) / "data"
     data.mkdir(parents=True, exist_ok=True)
-    for index, (name, count) in enumerate((("train", train), ("val", validation))):
-        first = (2 * seed + index) * SEEDS_PER_SPLIT
-        workers = min(os.cpu_count() or 1, count // 8 + 1)  # a process takes seconds to start
-        write_split(data / f"{name}-00000-of-00001.parquet", range(first, first + count), labels, workers)
+    workers = min(os.cpu_count() or 1, train // 8 + 1)  # a process takes seconds to start
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else nullcontext() as pool:
+        for index, (name, count) in enumerate((("train", train), ("val", validation))):
+            first = (2 * seed + index) * SEEDS_PER_SPLIT
+            spread = partial(pool.map, chunksize=4) if pool else map
+            write_split(data / f"{name}-00000-of-00001.parquet", range(first, first + count), labels, spread)
     card = DATASET_CARD.format(train=train, validation=validation, seed=seed, labels=" ".join(labels))
     (Path(folder) / "README.md").write_text(card, encoding="utf-8")
 
