@@ -41,10 +41,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 OS_ERROR = re.compile(r"os error (\d+)")  # how safetensors tells of one
 TORN = re.compile(r"inline_container|PytorchStreamWriter|iostream error")  # all that torch says of a full disk
 REASONS = {  # what the system calls it: what it means, what to do
-    errno.ENOSPC: (
-        "the disk is full",
-        "free some room and give the same command again; nothing whole was lost",
-    ),
+    errno.ENOSPC: ("the disk is full", "free some room and give the same command again; nothing whole was lost"),
     errno.EDQUOT: ("the quota is used up", "free some room and give the same command again"),
     errno.EFBIG: ("the file is larger than is allowed here", "raise the limit (`ulimit -f`), or use another folder"),
     errno.EROFS: ("the file system is read-only", "name a folder that can be written to"),
@@ -236,16 +233,14 @@ def describe_result(folder: Path) -> list[str]:
     run = RunFolder(folder)
     try:
         saved, _ = run.read_recipe(), run.read_task()
-        base, known = (
-            folder / saved["base"],
-            (saved["settings"]["dataset_id"], saved["precision"], saved["started_from"]),
-        )
+        base, start = folder / saved["base"], saved["started_from"]
+        _ = saved["settings"]["dataset_id"], saved["precision"]  # whoever loads the result reads them
     except (KeyError, TypeError, ValueError) as error:
         return [f"{folder}/recipe.json is damaged or of another kind ({type(error).__name__}): copy it again."]
     problems = [f"{folder}: {problem}." for problem in describe_files(folder)]
-    is_adapter, is_on_hub = (folder / "adapter_config.json").is_file(), HUB_ID.fullmatch(str(known[2]))
-    if is_adapter and not base.is_dir() and not Path(known[2]).is_dir() and not is_on_hub:
-        problems.append(f"{folder}: its base {known[2]} is not there: bring it back, to where it was or to {base}.")
+    is_adapter, is_on_hub = (folder / "adapter_config.json").is_file(), HUB_ID.fullmatch(str(start))
+    if is_adapter and not base.is_dir() and not Path(start).is_dir() and not is_on_hub:
+        problems.append(f"{folder}: its base {start} is not there: bring it back, to where it was or to {base}.")
     return problems
 
 

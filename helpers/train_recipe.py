@@ -362,9 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
 
 
-def parse_and_check(
-    parser: Parser, settings: dict[str, tuple[object, str]], argv: Sequence[str]
-) -> argparse.Namespace:
+def parse_and_check(parser: Parser, settings: dict[str, tuple], argv: Sequence[str]) -> argparse.Namespace:
     """The options, when they can be meant and the folders of the recipes are free. Raises UsageError, InUseError."""
     try:
         options = parse(parser, settings, argv)
@@ -416,8 +414,7 @@ def end_at_once(*_: object) -> None:
 
 
 if __name__ == "__main__":
-    if (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ):  # a shell lets its jobs in the background ignore it
+    # else a shell lets a job in its background ignore the signal, and so it stays
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)
     sys.exit(main())

@@ -398,10 +398,8 @@ def test_recipes_side_by_side(small, tmp_path):
 def test_a_failure_is_told_and_the_others_still_run(small, tmp_path):
     done = run("--recipe", "r2", "r3", "r4", "--gpu", 0, *small, "--dataset-id", "nowhere")
     assert done.returncode == 1
-    lines, logs = (
-        done.stdout.splitlines(),
-        {n: tmp_path / "out" / n / "train.log" for n in ("r2-vision-only", "r4-joint")},
-    )
+    lines = done.stdout.splitlines()
+    logs = {name: tmp_path / "out" / name / "train.log" for name in ("r2-vision-only", "r4-joint")}
     assert lines[0] == f"r2-vision-only: started on GPU 0, log in {logs['r2-vision-only']}"
     assert lines[1].startswith(f"r2-vision-only: FAILED with exit code 2, see {logs['r2-vision-only']} (")
     assert lines[2] == "r3-two-stage: not started, its first stage r2-vision-only failed"
